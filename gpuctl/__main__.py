@@ -1,0 +1,105 @@
+"""The error boundary: one place that turns what went wrong into lines on stderr and an exit code.
+
+Expected failures are `GpuctlError` (and the command line parser's own usage errors): one `error:` line per
+problem and at most one `hint:`. Anything else is a bug and keeps its traceback. Exit codes:
+docs/exit-codes.md.
+May import: `gpuctl.cli`, `gpuctl.errors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from gpuctl.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, GpuctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typer.core import TyperGroup
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: `sys.argv[1:]`) and return its exit code."""
+    try:
+        code = _run(sys.argv[1:] if argv is None else list(argv))
+    except GpuctlError as error:
+        _report(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        code = EXIT_FAILURE
+    except SystemExit as stop:
+        # The parser's own way out of shell completion and of a closed pipe.
+        code = stop.code if isinstance(stop.code, int) else EXIT_OK if stop.code is None else EXIT_FAILURE
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a bug in gpuctl; please report it with the lines above", file=sys.stderr)
+        code = EXIT_FAILURE
+    _close_pipes()
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    from typer.exceptions import Abort, TyperException
+
+    from gpuctl.cli import command
+
+    group: TyperGroup = command()
+    try:
+        result = group.main(args=argv, prog_name="gpuctl", standalone_mode=False)
+    except TyperException as error:
+        return _report_usage(error)
+    except Abort:
+        print("aborted", file=sys.stderr)
+        return EXIT_FAILURE
+    # Outside standalone mode the parser returns the exit code of `typer.Exit`, or what the verb returned.
+    if result == EXIT_INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return result if isinstance(result, int) else EXIT_OK
+
+
+def _report(error: GpuctlError) -> None:
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def _report_usage(error: Exception) -> int:
+    """A bad command line, in one line that names the command and the option."""
+    context = getattr(error, "ctx", None)
+    message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message, file=sys.stderr)
+        return EXIT_USAGE
+    option = getattr(error, "option_name", None)
+    near: Sequence[str] = getattr(error, "possibilities", None) or ()
+    if type(error).__name__ == "NoSuchOption" and option:
+        message = f"no such option: {option}"
+        if near:
+            message += f"; did you mean {' or '.join(sorted(near))}?"
+    where = getattr(context, "command_path", "gpuctl")
+    print(f"error: {where}: {' '.join(message.split())}", file=sys.stderr)
+    if not near:
+        print(f"hint: {where} --help", file=sys.stderr)
+    return int(getattr(error, "exit_code", EXIT_USAGE))
+
+
+def _close_pipes() -> None:
+    """Flush now: a reader that went away (`gpuctl ps | head -1`) must cause no noise at interpreter exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (BrokenPipeError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
