@@ -1,8 +1,4 @@
-"""Write docs/cli.md from the command line's own definition, or say that it is not what it should be.
-
-    .venv/bin/python docs/generate.py            # write
-    .venv/bin/python docs/generate.py --check    # exit 1 and print the difference where the file is out of date
-"""
+"""Write docs/cli.md from the command line's own definition; `--check` says whether it is up to date."""
 
 from __future__ import annotations
 
@@ -31,74 +27,48 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def default_of(parameter: Any) -> str:
-    default = parameter.default
-    if default is None or default == () or default == [] or default is False or callable(default):
-        return ""
-    return f"`{default}`" if str(default) else ""
+def rows(parameters: list[Any], context: Any) -> Iterator[str]:
+    """The table of a command's arguments or options, as its `--help` says them."""
+    for parameter in parameters:
+        names, text = parameter.get_help_record(context)
+        yield f"| `{names.replace('|', '/')}` | {cell(text)} |"
 
 
-def option_rows(parameters: list[Any]) -> Iterator[str]:
-    yield "| option | what it does | default |"
-    yield "| --- | --- | --- |"
-    for option in parameters:
-        names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-        if not option.is_flag and not option.count:
-            names += f" {cell(option.metavar or option.type.name.upper())}"
-        help_text = option.help or ""
-        if option.envvar:
-            variables = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar)
-            help_text += f" [{', '.join(variables)}]"
-        if option.multiple and "epeatable" not in help_text:
-            help_text += " (repeatable)"
-        if option.required:
-            help_text += " (required)"
-        yield f"| {names} | {cell(help_text)} | {cell(default_of(option))} |"
-
-
-def usage(command: Any, path: str) -> str:
-    words = [path]
-    if any(p.param_type_name == "option" for p in command.params):
-        words.append("[OPTIONS]")
-    for argument in (p for p in command.params if p.param_type_name == "argument"):
-        name = (argument.metavar or argument.name.upper()).strip("[]") + ("..." if argument.nargs != 1 else "")
-        words.append(name if argument.required else f"[{name}]")
-    if hasattr(command, "commands"):
-        words.append("COMMAND")
-    return " ".join(words)
+def below_of(command: Any, context: Any) -> Iterator[tuple[str, Any]]:
+    """The commands of a group, in its own order, those that are not hidden."""
+    if not hasattr(command, "list_commands"):
+        return
+    for name in command.list_commands(context):
+        below = command.get_command(context, name)
+        if not below.hidden:
+            yield name, below
 
 
 def section(command: Any, path: str, depth: int) -> Iterator[str]:
     """One command: its usage, its help, its arguments and options; then the commands below it."""
+    context = command.context_class(command, info_name=path, **command.context_settings)
     yield f"{'#' * min(depth, 6)} {path}"
     yield ""
-    yield "```"
-    yield usage(command, path)
-    yield "```"
+    yield f"    {' '.join([path, *command.collect_usage_pieces(context)])}"
     yield ""
-    if command.help:
-        yield inspect.cleandoc(command.help).replace("\b", "").replace("\f", "").strip()
+    for text in (command.help, command.epilog):
+        if text:
+            yield inspect.cleandoc(text).replace("\b\n", "").split("\f")[0].strip()
+            yield ""
+    parameters = [p for p in command.get_params(context) if p.get_help_record(context)]
+    if parameters:
+        yield "| | |"
+        yield "| --- | --- |"
+        yield from rows(parameters, context)
         yield ""
-    arguments = [p for p in command.params if p.param_type_name == "argument" and getattr(p, "help", None)]
-    for argument in arguments:
-        yield f"- `{argument.metavar or argument.name.upper()}`: {cell(argument.help)}"
-    if arguments:
-        yield ""
-    options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
-    if options:
-        yield from option_rows(options)
-        yield ""
-    for name, below in getattr(command, "commands", {}).items():
-        if not below.hidden:
-            yield from section(below, f"{path} {name}", depth + 1)
+    for name, below in below_of(command, context):
+        yield from section(below, f"{path} {name}", depth + 1)
 
 
 def cli_page() -> str:
-    import typer.main
+    from gpuctl.cli import command
 
-    from gpuctl.cli import app
-
-    lines = section(typer.main.get_command(app), "gpuctl", 2)
+    lines = section(command(), "gpuctl", 2)
     return HEADER + "\n" + "\n".join(lines).rstrip() + "\n"
 
 
