@@ -1,0 +1,360 @@
+"""Process 1 of a container: makes its mounts, starts its program, carries its connections, reaps, ends it all.
+
+Run as `python -I -S container_init.py CONTROL_FD PLAN.json`, already inside new namespaces. Standard library only,
+nothing of gpuctl's: it runs under whatever interpreter the plane has and must start in milliseconds.
+
+It talks to the plane over one inherited socket, in lines:
+    from the plane   `term`                SIGTERM to the program, so that its exit hooks run
+                     `listen PORT PATH`    accept on the unix socket PATH for 127.0.0.1:PORT in here
+    to the plane     `started PID`, `exit CODE` (negative: killed by that signal), `error TEXT`
+When the socket closes, the plane is gone (or wants an end): this process exits, and with process 1 the kernel ends
+every process of the container. Nothing can be orphaned.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+SYS_MOUNT_SETATTR = 442  # the same on every architecture
+AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result, what):
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def mount(source, target, kind, flags, data=""):
+    arguments = [s.encode() if s else None for s in (source, target, kind)]
+    check(
+        libc.mount(*arguments, ctypes.c_ulong(flags), data.encode() or None),
+        f"mount {kind or source} at {target}",
+    )
+
+
+def make_read_only(target):
+    """The whole tree under `target`, submounts too, as far as the kernel can (5.12 and newer)."""
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
+    if (
+        libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, target.encode(), AT_RECURSIVE, attributes, len(attributes))
+        == 0
+    ):
+        return
+    # Older kernels: the top mount only, keeping the flags that a user namespace may not drop.
+    locked = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | 8 | 1024 | 2048)
+    mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | locked)
+
+
+def make_mountpoint(path, like):
+    """A file or folder to mount upon, of the same sort as `like`."""
+    if os.path.lexists(path):
+        return
+    if os.path.isdir(like):
+        os.makedirs(path, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w"):
+            pass
+
+
+def make_mounts(mounts, root):
+    """Make the mounts under `root` (an empty folder) and make that the root. Only for the `unshare` back end."""
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    for step in mounts:
+        kind, source, target = step["kind"], step["source"], root + step["target"].rstrip("/")
+        if kind == "tmpfs":
+            os.makedirs(target, exist_ok=True)
+            mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+        elif kind in ("bind", "ro_bind"):
+            make_mountpoint(target, source)
+            mount(source, target, None, MS_BIND | MS_REC)
+            if kind == "ro_bind":
+                make_read_only(target)
+        elif kind == "symlink":
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.symlink(source, target)
+        elif kind == "proc":
+            os.makedirs(target, exist_ok=True)
+            mount("proc", target, "proc", MS_NOSUID | MS_NODEV | 8)
+        elif kind == "dev":
+            make_devices(target)
+        elif kind == "dir":
+            os.makedirs(target, exist_ok=True)
+    os.chdir(root)
+    machine = os.uname().machine
+    if machine not in SYS_PIVOT_ROOT:
+        raise OSError(errno.ENOSYS, f"pivot_root: unknown on {machine}; install bubblewrap")
+    check(libc.syscall(SYS_PIVOT_ROOT[machine], b".", b"."), "pivot_root")
+    check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    os.chdir("/")
+
+
+def make_devices(dev):
+    """A `/dev` of the container's own: the harmless devices, its own terminals, its own shared memory."""
+    os.makedirs(dev, exist_ok=True)
+    mount("tmpfs", dev, "tmpfs", MS_NOSUID, "mode=0755")
+    for name in ("null", "zero", "full", "random", "urandom", "tty"):
+        make_mountpoint(f"{dev}/{name}", f"/dev/{name}")
+        mount(f"/dev/{name}", f"{dev}/{name}", None, MS_BIND)
+    os.mkdir(f"{dev}/pts")
+    mount("devpts", f"{dev}/pts", "devpts", MS_NOSUID | 8, "newinstance,ptmxmode=0666,mode=0620")
+    os.mkdir(f"{dev}/shm")
+    mount("tmpfs", f"{dev}/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    os.symlink("pts/ptmx", f"{dev}/ptmx")
+    os.symlink("/proc/self/fd", f"{dev}/fd")
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        os.symlink(f"/proc/self/fd/{number}", f"{dev}/{name}")
+
+
+def raise_loopback():
+    """A new network namespace has its loopback down; ioctl SIOCSIFFLAGS with IFF_UP | IFF_RUNNING."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
+
+
+HALVES = {}  # socket -> the Half that serves it
+
+
+class Relay:
+    """Carries bytes between pairs of sockets, and accepts new pairs, on one selector. No byte is kept for long."""
+
+    CHUNK = 256 * 1024
+
+    def __init__(self, selector):
+        self.selector = selector
+
+    def accept_on(self, listener, connect):
+        """Join each connection to `listener` with a new socket from `connect()`."""
+        listener.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ, lambda _events: self.accept(listener, connect))
+
+    def accept(self, listener, connect):
+        try:
+            one, _ = listener.accept()
+        except OSError:
+            return
+        try:
+            other = connect()
+        except OSError:
+            one.close()  # nobody listens in there (yet): the caller sees a closed connection
+            return
+        for end, peer in ((one, other), (other, one)):
+            end.setblocking(False)
+            HALVES[end] = Half(self.selector, end, peer)
+        for end in (one, other):
+            HALVES[end].watch()
+
+
+class Half:
+    """One end of a relayed connection: what it reads is written to its peer."""
+
+    def __init__(self, selector, end, peer):
+        self.selector, self.end, self.peer = selector, end, peer
+        self.unsent = b""  # bytes for *this* end that it did not take yet
+        self.reading, self.finishing, self.registered = True, False, 0
+
+    def watch(self):
+        other = HALVES.get(self.peer)
+        events = 0
+        if self.reading and not (other and other.unsent):
+            events |= selectors.EVENT_READ
+        if self.unsent:
+            events |= selectors.EVENT_WRITE
+        if events == self.registered:
+            return
+        if not self.registered:
+            self.selector.register(self.end, events, self.ready)
+        elif not events:
+            self.selector.unregister(self.end)
+        else:
+            self.selector.modify(self.end, events, self.ready)
+        self.registered = events
+
+    def ready(self, events):
+        try:
+            if events & selectors.EVENT_WRITE:
+                self.flush()
+            if events & selectors.EVENT_READ and self.reading:
+                self.read()
+        except OSError:
+            self.close()
+            return
+        for half in (self, HALVES.get(self.peer)):
+            if half and half.end.fileno() >= 0:
+                half.watch()
+        other = HALVES.get(self.peer)
+        if other and not self.reading and not other.reading and not self.unsent and not other.unsent:
+            self.close()
+
+    def read(self):
+        try:
+            data = self.end.recv(Relay.CHUNK)
+        except BlockingIOError:
+            return
+        other = HALVES[self.peer]
+        if data:
+            other.send(data)
+        else:
+            self.reading = False
+            other.finishing = True
+            other.flush()
+
+    def send(self, data):
+        try:
+            sent = self.end.send(data)
+        except BlockingIOError:
+            sent = 0
+        self.unsent = data[sent:]
+
+    def flush(self):
+        if self.unsent:
+            self.send(self.unsent)
+        if self.finishing and not self.unsent:
+            self.finishing = False
+            self.end.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        for half in (self, HALVES.pop(self.peer, None)):
+            if half is None:
+                continue
+            HALVES.pop(half.end, None)
+            if half.registered:
+                half.registered = 0
+                self.selector.unregister(half.end)
+            half.end.close()
+
+
+def connect_tcp(port):
+    def connect():
+        return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+    return connect
+
+
+def connect_unix(path):
+    def connect():
+        end = socket.socket(socket.AF_UNIX)
+        end.settimeout(5)
+        end.connect(path)
+        return end
+
+    return connect
+
+
+def start_program(plan):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        os.makedirs(plan["workdir"], exist_ok=True)
+        os.chdir(plan["workdir"])
+        os.execvpe(plan["argv"][0], plan["argv"], plan["env"])
+    except BaseException as error:
+        os.write(2, f"container: cannot start {plan['argv'][0]}: {error}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def main():
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+
+    def tell(line):
+        try:
+            control.sendall(line.encode() + b"\n")
+        except OSError:
+            os._exit(1)
+
+    try:
+        with open(sys.argv[2]) as file:
+            plan = json.load(file)
+        if plan["mounts"] is not None:
+            make_mounts(plan["mounts"], plan["new_root"])
+        socket.sethostname("modal")
+        if plan["isolated_network"]:
+            raise_loopback()
+    except (OSError, ValueError, KeyError) as error:
+        tell(f"error {error}")
+        os._exit(1)
+
+    selector = selectors.DefaultSelector()
+    relay = Relay(selector)
+    if plan["egress_port"]:
+        listener = socket.create_server(("127.0.0.1", plan["egress_port"]), backlog=128)
+        relay.accept_on(listener, connect_unix(plan["egress_socket"]))
+
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    program = start_program(plan)
+    for fd in (0, 1, 2):  # so that the plane sees the end of the output when the program ends, not when we do
+        os.dup2(os.open("/dev/null", os.O_RDWR), fd)
+    tell(f"started {program}")
+    pending = b""
+
+    def from_plane(_events):
+        nonlocal pending
+        try:
+            data = control.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            os._exit(1)
+        *lines, pending = (pending + data).split(b"\n")
+        for line in lines:
+            command, *rest = line.decode().split(" ", 2)
+            if command == "term":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(program, signal.SIGTERM)
+            elif command == "listen":
+                listener = socket.socket(socket.AF_UNIX)
+                listener.bind(rest[1])
+                listener.listen(128)
+                relay.accept_on(listener, connect_tcp(int(rest[0])))
+
+    def reap(_events):
+        os.read(wake_read, 4096)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == program:
+                tell(f"exit {os.waitstatus_to_exitcode(status)}")
+                os._exit(0)
+
+    selector.register(control, selectors.EVENT_READ, from_plane)
+    selector.register(wake_read, selectors.EVENT_READ, reap)
+    while True:
+        for key, events in selector.select():
+            if key.fileobj in selector.get_map():
+                key.data(events)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""Containers: one sandboxed process tree each, started, spoken to and ended. Imports sandbox, egress, images, errors.
+
+A container is `container_init` as process 1 of its own namespaces, with the app's program below it. The plane
+holds one end of a socket; when that closes, whatever the reason, the whole tree is gone. So a plane that is
+killed leaves nothing running, and stopping needs no list of process ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpuctl.errors import GpuctlError
+from gpuctl.local import sandbox
+from gpuctl.local.egress import EgressProxy
+from gpuctl.local.images import CLIENT_PATH, IMAGE_PATH, BuiltImage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_PLANE_SOCKET = "/run/modal/plane.sock"
+_EGRESS_SOCKET = "/run/modal/egress.sock"
+_ARGUMENTS = "/run/modal/arguments.bin"
+_EGRESS_PORT = 3128  # where programs in an isolated network find the way out, as HTTP(S)_PROXY
+_READ = 64 * 1024
+_LONGEST_LINE = 1 << 20  # a line of output longer than this is cut into pieces
+
+
+@dataclass(frozen=True)
+class VolumeBind:
+    """A Volume's folder on this machine, at the path that the app names."""
+
+    host: Path
+    path: str
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class FileBind:
+    """One file that the client mounts into the container."""
+
+    host: Path
+    path: str
+
+
+@dataclass(frozen=True)
+class ContainerSpec:
+    """All that a container needs.
+
+    `env` is the image's environment, the secrets and the MODAL_ variables; paths, HOME and the server's address
+    are added here. With `isolated_network` the container has a network of its own, so that several may listen on
+    one port: it is reached through `Container.port_socket` and reaches out through an HTTP(S) proxy.
+    """
+
+    task_id: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    image: BuiltImage
+    workdir: str
+    volumes: tuple[VolumeBind, ...]
+    files: tuple[FileBind, ...]
+    isolated_network: bool
+    arguments: bytes
+    server_socket: Path
+
+
+class Container:
+    """A running container. Made by `ContainerRuntime.start`."""
+
+    def __init__(
+        self,
+        spec: ContainerSpec,
+        process: asyncio.subprocess.Process,
+        control: asyncio.StreamWriter,
+        sockets: Path,
+    ) -> None:
+        self.task_id = spec.task_id
+        self._spec = spec
+        self._process = process
+        self._control = control
+        self._sockets = sockets
+        self._listening: set[int] = set()
+        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @property
+    def pid(self) -> int:
+        """Process 1 of the container, by its id on this machine; of the launcher while that is still at it."""
+        try:
+            children = (
+                Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+            )
+        except OSError:
+            children = []
+        return int(children[0]) if children else self._process.pid
+
+    def port_socket(self, port: int) -> Path:
+        """A unix socket on this machine that leads to 127.0.0.1:`port` in the container.
+
+        A connection is closed at once while nothing listens there. Only for containers with an isolated network.
+        """
+        path = self._sockets / f"{port}.sock"
+        if port not in self._listening:
+            self._listening.add(port)
+            self._control.write(f"listen {port} {_in_container(path, self._sockets)}\n".encode())
+        return path
+
+    async def wait(self) -> int:
+        """The program's exit code, once it and its output have ended; negative for a signal."""
+        return await asyncio.shield(self._exit)
+
+    async def stop(self, grace: float) -> int:
+        """SIGTERM to the program, so that its exit hooks run; after `grace` seconds SIGKILL to the whole tree."""
+        if not self._exit.done():
+            self._control.write(b"term\n")
+            try:
+                return await asyncio.wait_for(self.wait(), grace)
+            except TimeoutError:
+                self.kill()
+        return await self.wait()
+
+    def kill(self) -> None:
+        """End every process of the container now."""
+        self._control.close()
+
+
+def _in_container(path: Path, sockets: Path) -> str:
+    return f"/run/modal/sockets/{path.relative_to(sockets)}"
+
+
+class ContainerRuntime:
+    """Starts containers under `run_dir` (one folder each, removed at its end).
+
+    `on_log(task id, file descriptor, text)` gets the output in whole lines, "\\n" included, 1 for standard output
+    and 2 for standard error. Raises GpuctlError where no sandbox works, saying what to install.
+    """
+
+    def __init__(self, run_dir: Path, *, on_log: Callable[[str, int, str], None]) -> None:
+        self.backend = sandbox.find_backend()
+        self._run_dir = run_dir
+        self._on_log = on_log
+        self._egress: EgressProxy | None = None
+        self._watchers: set[asyncio.Task[None]] = set()
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def start(self, spec: ContainerSpec) -> Container:
+        """Start a container; returns once its program runs. Raises GpuctlError when its sandbox cannot be made."""
+        folder = self._run_dir / spec.task_id
+        for name in ("tmp", "root", "modal", "new_root"):
+            (folder / name).mkdir(parents=True, mode=0o700)
+        sockets = self._short_folder(folder)
+        (folder / "modal" / "arguments.bin").write_bytes(spec.arguments)
+
+        filesystem = await asyncio.to_thread(self._filesystem, spec, folder, sockets)
+        plan = folder / "modal" / "plan.json"
+        egress = await self._egress_socket() if spec.isolated_network else None
+        if egress is not None:
+            filesystem.bind(egress, _EGRESS_SOCKET, read_only=False)
+        plan_seen = plan if self.backend == "unshare" else Path("/run/modal/plan.json")
+        if self.backend == "bwrap":
+            filesystem.bind(plan, "/run/modal/plan.json", read_only=True)
+            filesystem.bind(sandbox.INIT, str(sandbox.INIT), read_only=True)
+        self._write_plan(plan, spec, filesystem, folder)
+
+        ours, theirs = socket.socketpair()
+        argv = sandbox.enter_argv(
+            self.backend,
+            isolated_network=spec.isolated_network,
+            control_fd=theirs.fileno(),
+            plan=plan_seen,
+            filesystem=filesystem,
+        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                # The launcher must not see the plane's own secrets; the program gets exactly the plan's environment.
+                env={"PATH": os.environ.get("PATH", os.defpath)},
+                start_new_session=True,
+            )
+        finally:
+            theirs.close()
+        (folder / "pid").write_text(str(process.pid))
+        reader, writer = await asyncio.open_connection(sock=ours)
+        container = Container(spec, process, writer, sockets)
+        output = [
+            asyncio.create_task(self._pump(spec.task_id, fd, stream))
+            for fd, stream in ((1, process.stdout), (2, process.stderr))
+            if stream is not None
+        ]
+        line = (await reader.readline()).decode(errors="replace").strip()
+        if not line.startswith("started"):
+            writer.close()
+            await process.wait()
+            await asyncio.gather(*output)
+            self._remove(folder, sockets)
+            raise GpuctlError(
+                f"container {spec.task_id} could not be started: {line.removeprefix('error ') or 'no reason given'}"
+            )
+        watcher = asyncio.create_task(self._watch(container, reader, output, folder))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+        return container
+
+    def sweep(self) -> None:
+        """End and remove what an earlier plane left behind (one that was killed in the middle of a start, say)."""
+        for folder in list(self._run_dir.iterdir()):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int((folder / "pid").read_text())
+                # The id may belong to somebody else by now: only what was started for this folder is ended.
+                if str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+            sockets = folder / "sockets"
+            self._remove(folder, sockets.resolve() if sockets.is_symlink() else sockets)
+
+    async def _watch(
+        self,
+        container: Container,
+        reader: asyncio.StreamReader,
+        output: list[asyncio.Task[None]],
+        folder: Path,
+    ) -> None:
+        code = -signal.SIGKILL  # when process 1 ends without a word, the tree was killed
+        async for raw in reader:
+            if raw.startswith(b"exit "):
+                code = int(raw.split()[1])
+        await container._process.wait()
+        await asyncio.gather(*output)
+        container._control.close()
+        await asyncio.to_thread(self._remove, folder, container._sockets)
+        container._exit.set_result(code)
+
+    async def _pump(self, task_id: str, fd: int, stream: asyncio.StreamReader) -> None:
+        """Hand output on in whole lines; what has no end of line yet waits, but not for more than _LONGEST_LINE."""
+        pending = b""
+        while data := await stream.read(_READ):
+            pending += data
+            cut = pending.rfind(b"\n") + 1 or (len(pending) if len(pending) > _LONGEST_LINE else 0)
+            if cut:
+                self._on_log(task_id, fd, pending[:cut].decode(errors="replace"))
+                pending = pending[cut:]
+        if pending:
+            self._on_log(task_id, fd, pending.decode(errors="replace") + "\n")
+
+    def _filesystem(self, spec: ContainerSpec, folder: Path, sockets: Path) -> sandbox.Filesystem:
+        filesystem = sandbox.Filesystem(hide=(Path.home(), self._run_dir.parent))
+        filesystem.bind(folder / "tmp", "/tmp", read_only=False)
+        filesystem.bind(folder / "root", "/root", read_only=False)
+        for interpreter in sandbox.interpreter_folders(spec.image.base_python):
+            filesystem.show(interpreter)
+        filesystem.bind(spec.image.tree, IMAGE_PATH, read_only=True)
+        filesystem.bind(spec.image.client, CLIENT_PATH, read_only=True)
+        for source, target in self._place_files(spec, folder):
+            filesystem.bind(source, target, read_only=True)
+        for volume in spec.volumes:
+            filesystem.bind(volume.host, volume.path, read_only=volume.read_only)
+        filesystem.bind(spec.server_socket, _PLANE_SOCKET, read_only=False)
+        filesystem.bind(folder / "modal" / "arguments.bin", _ARGUMENTS, read_only=True)
+        filesystem.bind(sockets, "/run/modal/sockets", read_only=False)
+        filesystem.directory(spec.workdir)
+        return filesystem
+
+    def _place_files(self, spec: ContainerSpec, folder: Path) -> list[tuple[Path, str]]:
+        """Lay out the image's and the client's files: those under /root and /tmp in place, the others to be bound.
+
+        Returns (path on this machine, path in the container) of what has to be bound: a folder where the host has
+        nothing there, else file by file.
+        """
+        if (home := spec.image.tree / "home").is_dir():
+            shutil.copytree(home, folder / "root", symlinks=True, dirs_exist_ok=True)
+        outside: dict[str, Path] = {}
+        files = [
+            *((f.host, f.path) for f in spec.files),
+            *((host, path) for path, host in spec.image.files.items()),
+        ]
+        for host, path in files:
+            inside = os.path.normpath("/" + path).lstrip("/")
+            place = folder / inside if inside.startswith(("root/", "tmp/")) else folder / "files" / inside
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(host, place)
+            shutil.copymode(host, place)
+            if place.is_relative_to(folder / "files"):
+                top = "/" + inside
+                while not os.path.lexists(os.path.dirname(top)):
+                    top = os.path.dirname(top)
+                outside[top] = folder / "files" / top.lstrip("/")
+        return [(source, target) for target, source in outside.items()]
+
+    def _write_plan(
+        self, plan: Path, spec: ContainerSpec, filesystem: sandbox.Filesystem, folder: Path
+    ) -> None:
+        unshare = self.backend == "unshare"
+        document = {
+            "mounts": [dataclasses.asdict(m) for m in filesystem.mounts] if unshare else None,
+            "new_root": str(folder / "new_root"),
+            "isolated_network": spec.isolated_network,
+            "egress_port": _EGRESS_PORT if spec.isolated_network else 0,
+            "egress_socket": _EGRESS_SOCKET,
+            "argv": spec.argv,
+            "env": self._environment(spec),
+            "workdir": spec.workdir,
+        }
+        # It holds the container's secrets: readable by the user alone, gone with the container.
+        descriptor = os.open(plan, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(document, file)
+
+    def _environment(self, spec: ContainerSpec) -> dict[str, str]:
+        venv = f"{IMAGE_PATH}/venv"
+        environment = {
+            "PATH": f"{venv}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "LANG": "C.UTF-8",
+            "HOME": "/root",
+            "VIRTUAL_ENV": venv,
+            **spec.env,
+            "MODAL_SERVER_URL": f"unix://{_PLANE_SOCKET}",
+            "MODAL_CONTAINER_ARGUMENTS_PATH": _ARGUMENTS,
+        }
+        # As in the cloud: the client's own code first, then what the app mounted.
+        environment["PYTHONPATH"] = ":".join(
+            filter(None, (f"{CLIENT_PATH}/pkg", "/root", environment.get("PYTHONPATH")))
+        )
+        if spec.isolated_network:
+            for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+                environment[name] = environment[name.lower()] = f"http://127.0.0.1:{_EGRESS_PORT}"
+            environment["NO_PROXY"] = environment["no_proxy"] = "localhost,127.0.0.1,::1"
+        return environment
+
+    async def _egress_socket(self) -> Path:
+        if self._egress is None:
+            self._egress = EgressProxy(self._short_folder(self._run_dir / "egress") / "egress.sock")
+            await self._egress.start()
+        return self._egress.path
+
+    async def close(self) -> None:
+        """Stop what the runtime itself runs; containers are stopped by whoever started them."""
+        if self._egress is not None:
+            await self._egress.close()
+            self._egress = None
+
+    def _short_folder(self, owner: Path) -> Path:
+        """A folder for unix sockets, whose paths are limited to about 107 bytes; `owner` remembers it for `sweep`."""
+        owner.mkdir(exist_ok=True, mode=0o700)
+        sockets = Path(tempfile.mkdtemp(prefix="gpuctl-"))
+        link = owner / "sockets"
+        link.unlink(missing_ok=True)
+        link.symlink_to(sockets)
+        return sockets
+
+    def _remove(self, folder: Path, sockets: Path) -> None:
+        shutil.rmtree(sockets, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

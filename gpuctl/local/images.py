@@ -1,0 +1,806 @@
+"""Images: an app's image definition made into folders on this machine, cached by content. Imports sandbox and errors.
+
+There is no Docker here. What an image adds in Python packages becomes a virtual environment, installed with this
+machine's own pip (or uv) settings; ENV, WORKDIR, ENTRYPOINT and copied files are applied; shell commands run in a
+sandbox. What cannot be applied (system packages, registry base images) is said, by name, as a warning.
+
+On disk, under the cache folder:
+    images/<image id>/image.json   what the image is; written last: a folder without it is an unfinished build
+    images/<image id>/tree/        venv/, files/ and home/ (what commands left in /root); or none: then a parent's
+    clients/<python>-<modal>/      the modal client for containers of that Python: pkg/ (first on the path), deps/ (last)
+A layer starts as a copy of its parent's tree made of hard links, so that 3 GB of packages are not copied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modal_proto import api_pb2
+
+from gpuctl.local import sandbox
+
+# Where a container finds its image and the modal client. Fixed, so that a tree can be used under any layer's id.
+IMAGE_PATH = "/__image"
+CLIENT_PATH = "/__client"
+
+Log = Callable[[str], None]
+
+
+class ImageBuildError(Exception):
+    """An image cannot be built; the message is for the client, its build log was already sent."""
+
+
+@dataclass(frozen=True)
+class BuiltImage:
+    """An image that is ready to run.
+
+    `python` is the interpreter's path in the container, `base_python` the one on this machine that it links to;
+    `tree` and `client` are folders on this machine; `files` maps paths in the container to files on this machine.
+    """
+
+    id: str
+    tree: Path
+    client: Path
+    base_python: str
+    python_version: str
+    env: Mapping[str, str]
+    workdir: str | None
+    entrypoint: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def python(self) -> Path:
+        """The interpreter, as the container sees it."""
+        return Path(IMAGE_PATH) / "venv" / "bin" / "python"
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What COPY and shell commands put outside the virtual environment."""
+        root = self.tree / "files"
+        return {"/" + str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
+
+
+@dataclass
+class _Layer:
+    """What image.json holds: an image as far as its layers have been applied."""
+
+    id: str
+    tree: str = ""
+    base_python: str = ""
+    python_version: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+    workdir: str | None = None
+    entrypoint: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class ImageStore:
+    """Builds images and finds those that are built already, by this plane or an earlier one."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._images = cache_dir / "images"
+        self._clients = cache_dir / "clients"
+        self._building: dict[str, asyncio.Task[BuiltImage]] = {}
+        for folder in (self._images, self._clients):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def image_id(self, image: api_pb2.Image, builder_version: str, context: str = "") -> str:
+        """The image's id, by content: its own definition, its parents' ids, and `context` (a digest of its files)."""
+        definition = api_pb2.Image()
+        definition.CopyFrom(image)
+        # Ids of this plane's objects, which change from one deploy to the next; their content counts by `context`.
+        definition.ClearField("context_mount_id")
+        definition.ClearField("secret_ids")
+        digest = hashlib.sha256(definition.SerializeToString(deterministic=True))
+        digest.update(f"\0{builder_version}\0{context}\0{_FORMAT}\0{sys.version_info[:2]}".encode())
+        return "im-" + digest.hexdigest()[:22]
+
+    def get(self, image_id: str) -> BuiltImage | None:
+        """The image, where it is built."""
+        layer = self._read(image_id)
+        return self._built(layer) if layer else None
+
+    async def build(
+        self,
+        image_id: str,
+        image: api_pb2.Image,
+        *,
+        context_files: Mapping[str, Path],
+        secret_env: Mapping[str, str],
+        log: Log,
+        python_hint: str = "",
+    ) -> BuiltImage:
+        """Build `image`, or wait for the build of it that is under way.
+
+        `context_files` maps paths in the build context to files on this machine; `python_hint` is the Python version
+        that the context brings along (`add_python`). Raises ImageBuildError.
+        """
+        task = self._building.get(image_id)
+        if task is None:
+            task = asyncio.create_task(
+                self._build(image_id, image, context_files, secret_env, log, python_hint)
+            )
+            self._building[image_id] = task
+            task.add_done_callback(lambda _: self._building.pop(image_id, None))
+        return await asyncio.shield(task)
+
+    async def _build(
+        self,
+        image_id: str,
+        image: api_pb2.Image,
+        context_files: Mapping[str, Path],
+        secret_env: Mapping[str, str],
+        log: Log,
+        python_hint: str,
+    ) -> BuiltImage:
+        async with _locked(self._images / f"{image_id}.lock"):
+            if (layer := self._read(image_id)) is None:
+                folder = self._images / image_id
+                await asyncio.to_thread(shutil.rmtree, folder, True)
+                folder.mkdir(mode=0o700)
+                try:
+                    layer = await _LayerBuild(
+                        self, image_id, folder, image, context_files, secret_env, log, python_hint
+                    ).run()
+                except OSError as error:
+                    raise ImageBuildError(f"{error.strerror or error}: {error.filename or folder}") from error
+                _write_json(folder / "image.json", asdict(layer))
+        await self._ensure_client(layer, log)
+        return self._built(layer)
+
+    def _read(self, image_id: str) -> _Layer | None:
+        if not re.fullmatch(r"im-[0-9A-Za-z]{22}", image_id):
+            return None
+        try:
+            layer = _Layer(**json.loads((self._images / image_id / "image.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        # The interpreter may have been removed or upgraded since; then the environment is of no use.
+        return layer if Path(layer.tree).is_dir() and Path(layer.base_python).exists() else None
+
+    def parent(self, image: api_pb2.Image) -> _Layer | None:
+        """The image that `FROM base` means. Raises ImageBuildError when it is gone."""
+        if not image.base_images:
+            return None
+        layer = self._read(image.base_images[0].image_id)
+        if layer is None:
+            raise ImageBuildError(
+                f"the parent image {image.base_images[0].image_id} is not in the cache any more: deploy again"
+            )
+        return layer
+
+    def _built(self, layer: _Layer) -> BuiltImage:
+        return BuiltImage(
+            id=layer.id,
+            tree=Path(layer.tree),
+            client=self._client_folder(layer),
+            base_python=layer.base_python,
+            python_version=layer.python_version,
+            env=layer.env,
+            workdir=layer.workdir,
+            entrypoint=tuple(layer.entrypoint),
+            warnings=tuple(layer.warnings),
+        )
+
+    def _client_folder(self, layer: _Layer) -> Path:
+        python = ".".join(layer.python_version.split(".")[:2])
+        return self._clients / f"{python}-{importlib.metadata.version('modal')}"
+
+    async def _ensure_client(self, layer: _Layer, log: Log) -> None:
+        """Install the modal client for containers, once per Python version.
+
+        As in the cloud, it is not part of the image: its own code comes first on the path, its dependencies last,
+        so that they never win over what the image installs.
+        """
+        folder = self._client_folder(layer)
+        if folder.is_dir():
+            return
+        async with _locked(folder.with_suffix(".lock")):
+            if folder.is_dir():
+                return
+            making = folder.with_suffix(".making")
+            await asyncio.to_thread(shutil.rmtree, making, True)
+            log(f"Installing the modal client for Python {layer.python_version} (once)\n")
+            python = str(Path(layer.tree) / "venv" / "bin" / "python")
+            version = importlib.metadata.version("modal")
+            arguments = [
+                "install",
+                "--quiet",
+                "--no-compile",
+                "--target",
+                str(making / "deps"),
+                f"modal=={version}",
+            ]
+            await _run([*_pip(python), *arguments], log=log)
+            (making / "pkg").mkdir()
+            for entry in list((making / "deps").iterdir()):
+                if entry.name.startswith(("modal", "synchronicity")):
+                    entry.rename(making / "pkg" / entry.name)
+            making.rename(folder)
+
+
+_FORMAT = 1  # of the trees; raise it when old ones can no longer be used
+
+
+class _LayerBuild:
+    """One layer being built: its Dockerfile commands applied, one after another, to a copy of its parent."""
+
+    def __init__(
+        self,
+        store: ImageStore,
+        image_id: str,
+        folder: Path,
+        image: api_pb2.Image,
+        context_files: Mapping[str, Path],
+        secret_env: Mapping[str, str],
+        log: Log,
+        python_hint: str,
+    ) -> None:
+        self._folder = folder
+        self._image = image
+        self._context = {os.path.normpath("/" + path): host for path, host in context_files.items()}
+        for file in image.context_files:
+            path = os.path.normpath("/" + file.filename)
+            host = folder / "context" / hashlib.sha256(path.encode()).hexdigest()
+            host.parent.mkdir(exist_ok=True)
+            host.write_bytes(file.data)
+            self._context[path] = host
+        self._secret_env = secret_env
+        self._log = log
+        self._python_hint = python_hint
+        parent = store.parent(image)
+        self._layer = _Layer(**{**asdict(parent), "id": image_id}) if parent else _Layer(id=image_id)
+        self._own_tree = False
+        self._official_python = False
+
+    async def run(self) -> _Layer:
+        if self._image.build_function.ByteSize():
+            raise ImageBuildError(
+                "Image.run_function is not there yet in the local control plane: use run_commands"
+            )
+        for command in _join_continuations(self._image.dockerfile_commands):
+            await self._apply(command)
+        if not self._layer.tree:
+            await self._new_environment(self._python_hint)
+        shutil.rmtree(self._folder / "context", ignore_errors=True)
+        return self._layer
+
+    async def _apply(self, command: str) -> None:
+        word, _, rest = command.strip().partition(" ")
+        rest = rest.strip()
+        match word.upper():
+            case (
+                ""
+                | "CMD"
+                | "SHELL"
+                | "LABEL"
+                | "EXPOSE"
+                | "MAINTAINER"
+                | "STOPSIGNAL"
+                | "HEALTHCHECK"
+                | "ARG"
+                | "USER"
+            ):
+                pass  # no meaning for how a Function's container runs here
+            case "FROM":
+                await self._from(rest)
+            case "ENV":
+                self._layer.env |= _parse_env(rest)
+            case "WORKDIR":
+                self._layer.workdir = os.path.join(self._layer.workdir or "/", shlex.split(rest)[0])
+            case "ENTRYPOINT":
+                self._layer.entrypoint = json.loads(rest) if rest.startswith("[") else ["/bin/sh", "-c", rest]
+            case "COPY" | "ADD":
+                await self._copy(rest)
+            case "RUN":
+                await self._run(rest)
+            case "#" | _ if word.startswith("#"):
+                pass
+            case _:
+                self._warn(f"{word} is not applied here: {command.strip()}")
+
+    async def _from(self, reference: str) -> None:
+        if reference == "base":
+            return
+        if match := re.match(r"(?:docker\.io/)?(?:library/)?python:(\d+\.\d+)", reference):
+            self._official_python = True
+            await self._new_environment(match[1])
+            return
+        self._warn(
+            f"the base image {reference} is not applied here: containers see this machine's own system"
+        )
+        if self._python_hint:
+            await self._new_environment(self._python_hint)
+
+    async def _new_environment(self, wanted: str) -> None:
+        """A virtual environment with pip alone, of Python `wanted` ("3.12"; "" for any) where this machine has it."""
+        executable, version = await asyncio.to_thread(find_python, wanted)
+        if wanted and not version.startswith(wanted + "."):
+            self._warn(f"Python {wanted} is not on this machine: {version} is used instead")
+        self._layer.base_python, self._layer.python_version = executable, version
+        tree = self._tree()
+        venv = tree / "venv"
+        try:
+            await _run([executable, "-m", "venv", str(venv)], log=lambda _: None)
+        except ImageBuildError:
+            # Debian splits ensurepip off into python3-venv: our own pip can fill an environment without one.
+            await _run([executable, "-m", "venv", "--clear", "--without-pip", str(venv)], log=self._log)
+            await _run([*_pip(str(venv / "bin" / "python")), "install", "--quiet", "pip"], log=self._log)
+        site = next(venv.glob("lib/python*/site-packages"))
+        _relocate_scripts(venv)
+        (site / "zz_modal_client.pth").write_text(f"{CLIENT_PATH}/deps\n")
+        self._log(f"Python {version} environment\n")
+
+    def _tree(self) -> Path:
+        """This layer's own tree, made of hard links to the parent's files on first use."""
+        tree = self._folder / "tree"
+        if not self._own_tree:
+            if self._layer.tree:
+                _link_tree(Path(self._layer.tree), tree)
+            else:
+                tree.mkdir()
+            self._layer.tree = str(tree)
+            self._own_tree = True
+        return tree
+
+    async def _copy(self, arguments: str) -> None:
+        words = json.loads(arguments) if arguments.startswith("[") else shlex.split(arguments)
+        options = [w for w in words if w.startswith("--")]
+        *sources, target = [w for w in words if not w.startswith("--")]
+        if any("astral-sh/uv" in option for option in options):
+            return  # packages are installed by this machine's own installer
+        if any(option.startswith("--from") for option in options):
+            self._warn(f"COPY {arguments} is not applied here")
+            return
+        if "/python/." in sources and self._python_hint:
+            return  # add_python: the environment stands for it
+        if not os.path.isabs(target):
+            target = os.path.join(self._layer.workdir or "/", target)
+        copied = 0
+        for source in sources:
+            source = os.path.normpath("/" + source)
+            prefix = source.rstrip("/") + "/"
+            for path, host in self._context.items():
+                if path == source:
+                    into = target.endswith("/") or len(sources) > 1
+                    place = os.path.join(target, os.path.basename(path)) if into else target
+                elif path.startswith(prefix):
+                    place = os.path.join(target, path.removeprefix(prefix))
+                else:
+                    continue
+                self._place(host, place)
+                copied += 1
+        if not copied:
+            self._warn(f"COPY {arguments}: nothing of that name in the build context")
+
+    def _place(self, host: Path, target: str) -> None:
+        place = self._tree() / "files" / os.path.normpath(target).lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)  # it may be a hard link to the parent's
+        shutil.copyfile(host, place)
+
+    async def _run(self, command: str) -> None:
+        if not self._layer.tree:
+            await self._new_environment(self._python_hint)
+        if self._official_python and "debconf-set-selections" in command:
+            return
+        words = _words(command)
+        if words is None:
+            await self._shell(command)
+            return
+        if packages := _system_packages(words):
+            if not self._official_python:  # what debian_slim itself installs is the machine's own business
+                self._warn(f"system packages are not installed here: {' '.join(packages)}")
+            return
+        if _is_package_index_update(words):
+            return
+        if (install := _package_command(words)) is not None:
+            if self._official_python and install[1:] == ["--upgrade", "pip", "wheel", "uv"]:
+                return  # debian_slim's own tools: this machine's installer does their work
+            await self._install(install)
+            return
+        await self._shell(command)
+
+    async def _install(self, arguments: list[str]) -> None:
+        """`pip install …` or `pip uninstall …` into the layer's environment, with this machine's own settings."""
+        tree = self._tree()
+        python = tree / "venv" / "bin" / "python"
+        arguments = [await self._localise(a) for a in _without_unreachable_indexes(arguments, self._log)]
+        self._log(f"pip {shlex.join(arguments)}\n")
+        environment = {
+            **os.environ,
+            **self._layer.env,
+            **self._secret_env,
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }
+        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER"):
+            environment.pop(name, None)
+        quiet = ["--progress-bar", "off"] if arguments[0] == "install" else []
+        await _run(
+            [str(python), "-m", "pip", arguments[0], *quiet, *arguments[1:]],
+            log=self._log,
+            env=environment,
+            cwd=tree,
+        )
+        _relocate_scripts(tree / "venv")
+
+    async def _localise(self, argument: str) -> str:
+        """A requirements file that COPY placed, by its path on this machine."""
+        place = self._tree() / "files" / argument.lstrip("/")
+        return str(place) if argument.startswith("/") and place.is_file() else argument
+
+    async def _shell(self, command: str) -> None:
+        """A shell command in a sandbox: it may change the environment, /root and the copied files, nothing else."""
+        tree = self._tree()
+        for name in ("home", "files"):
+            (tree / name).mkdir(exist_ok=True)
+        # A command may change files in place; the parent's must not change with them.
+        await asyncio.to_thread(_break_links, tree)
+        filesystem = sandbox.Filesystem(hide=(Path.home(), self._folder.parent))
+        filesystem.bind(tree / "home", "/root", read_only=False)
+        for folder in sandbox.interpreter_folders(self._layer.base_python):
+            filesystem.show(folder)
+        filesystem.bind(tree, IMAGE_PATH, read_only=False)
+        tops = sorted(p.name for p in (tree / "files").iterdir() if not Path("/", p.name).exists())
+        for name in tops:
+            filesystem.bind(tree / "files" / name, f"/{name}", read_only=False)
+        await self._in_sandbox(filesystem, command)
+
+    async def _in_sandbox(self, filesystem: sandbox.Filesystem, command: str) -> None:
+        backend = await asyncio.to_thread(sandbox.find_backend)
+        scratch = self._folder / "scratch"
+        (scratch / "tmp").mkdir(parents=True)
+        (scratch / "new_root").mkdir()
+        filesystem.bind(scratch / "tmp", "/tmp", read_only=False)
+        environment = {
+            "PATH": f"{IMAGE_PATH}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+            **{
+                k: v
+                for k, v in os.environ.items()
+                if k.startswith(("PIP_", "UV_")) or k.lower().endswith("_proxy")
+            },
+            **self._layer.env,
+            **self._secret_env,
+        }
+        plan = scratch / "plan.json"
+        if backend == "bwrap":
+            filesystem.bind(plan, "/run/plan.json", read_only=True)
+            filesystem.bind(sandbox.INIT, str(sandbox.INIT), read_only=True)
+        document: dict[str, Any] = {
+            "mounts": [asdict(m) for m in filesystem.mounts] if backend == "unshare" else None,
+            "new_root": str(scratch / "new_root"),
+            "isolated_network": False,
+            "egress_port": 0,
+            "egress_socket": "",
+            "argv": ["/bin/sh", "-c", command],
+            "env": environment,
+            "workdir": self._layer.workdir or "/root",
+        }
+        descriptor = os.open(plan, os.O_WRONLY | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(document, file)
+        ours, theirs = socket.socketpair()
+        seen = plan if backend == "unshare" else Path("/run/plan.json")
+        argv = sandbox.enter_argv(
+            backend, isolated_network=False, control_fd=theirs.fileno(), plan=seen, filesystem=filesystem
+        )
+        self._log(f"$ {command}\n")
+        code = -9
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                env={"PATH": os.environ.get("PATH", os.defpath)},
+                start_new_session=True,
+            )
+            theirs.close()
+            reader, writer = await asyncio.open_connection(sock=ours)
+            await _copy_output(process, self._log)
+            async for raw in reader:
+                if raw.startswith(b"exit "):
+                    code = int(raw.split()[1])
+                elif raw.startswith(b"error "):
+                    raise ImageBuildError(raw.decode(errors="replace")[6:].strip())
+            await process.wait()
+            writer.close()
+        finally:
+            theirs.close()
+            shutil.rmtree(scratch, ignore_errors=True)
+        if code != 0:
+            raise ImageBuildError(f"RUN {command} ended with exit code {code}")
+
+    def _warn(self, text: str) -> None:
+        if text not in self._layer.warnings:
+            self._layer.warnings.append(text)
+        self._log(f"warning: {text}\n")
+
+
+def find_python(wanted: str) -> tuple[str, str]:
+    """(path, version) of an interpreter of version `wanted` ("3.12"), else of the one that runs the plane."""
+    own = str(getattr(sys, "_base_executable", None) or sys.executable)
+    own_version = ".".join(map(str, sys.version_info[:3]))
+    if not wanted or own_version.startswith(wanted + "."):
+        return own, own_version
+    home = Path.home()
+    candidates = [
+        shutil.which(f"python{wanted}"),
+        *sorted(map(str, home.glob(f".pyenv/versions/{wanted}.*/bin/python{wanted}")), reverse=True),
+        *sorted(
+            map(str, home.glob(f".local/share/uv/python/cpython-{wanted}.*/bin/python{wanted}")), reverse=True
+        ),
+    ]
+    for candidate in filter(None, candidates):
+        # A pyenv shim is on the PATH for versions that are not switched on: only one that answers counts.
+        if version := _version_of(candidate):
+            return candidate, version
+    return own, own_version
+
+
+def _version_of(python: str) -> str | None:
+    import subprocess
+
+    code = "import sys, ssl, ctypes; print('.'.join(map(str, sys.version_info[:3])))"
+    try:
+        done = subprocess.run(
+            [python, "-I", "-c", code], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _pip(python: str) -> list[str]:
+    """A pip that installs into the environment of `python`: its own, ours, or uv."""
+    site = Path(python).parent.parent
+    if any(site.glob("lib/python*/site-packages/pip")):
+        return [python, "-m", "pip"]
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "--python", python]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "--python", python]
+    raise ImageBuildError(
+        "no pip on this machine to install packages with: install python3-pip, python3-venv or uv"
+    )
+
+
+async def _run(
+    argv: list[str], *, log: Log, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> None:
+    """Run a command of this machine's, its output to `log`. Raises ImageBuildError when it fails."""
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=env,
+        cwd=cwd,
+        start_new_session=True,
+    )
+    try:
+        tail = await _copy_output(process, log)
+        code = await process.wait()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        raise
+    if code != 0:
+        raise ImageBuildError(f"{shlex.join(argv)} ended with exit code {code}:\n{tail}")
+
+
+async def _copy_output(process: asyncio.subprocess.Process, log: Log) -> str:
+    """Everything that the process says to `log`, as it comes; returns the last 2,000 characters."""
+    assert process.stdout is not None
+    tail = ""
+    pending = b""
+    while data := await process.stdout.read(64 * 1024):
+        pending += data
+        whole, newline, pending = pending.rpartition(b"\n")
+        if newline:
+            text = whole.decode(errors="replace") + "\n"
+            log(text)
+            tail = (tail + text)[-2000:]
+    if pending:
+        log(pending.decode(errors="replace") + "\n")
+        tail += pending.decode(errors="replace")
+    return tail
+
+
+@contextlib.asynccontextmanager
+async def _locked(path: Path) -> AsyncIterator[None]:
+    """Hold an exclusive lock file: other planes may share this cache."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    making = path.with_suffix(".making")
+    making.write_text(json.dumps(document, indent=1))
+    making.replace(path)
+
+
+def _join_continuations(commands: Any) -> list[str]:
+    """Dockerfile commands, one each, with `\\` at a line's end joined."""
+    lines = "\n".join(commands).split("\n")
+    joined: list[str] = []
+    open_line = False
+    for line in lines:
+        text = line.rstrip()
+        more = text.endswith("\\")
+        text = text[:-1] if more else text
+        if open_line:
+            joined[-1] += " " + text.strip()
+        else:
+            joined.append(text)
+        open_line = more
+    return joined
+
+
+def _parse_env(text: str) -> dict[str, str]:
+    """`ENV A=1 B="two"` and the older `ENV A 1`."""
+    words = shlex.split(text)
+    if words and "=" not in words[0]:
+        return {words[0]: " ".join(words[1:])}
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def _words(command: str) -> list[str] | None:
+    """The words of a command that is just one program and its arguments; None where a shell has to read it."""
+    lexer = shlex.shlex(
+        command.replace("--python $(command -v python)", ""), posix=True, punctuation_chars=True
+    )
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    try:
+        words = list(lexer)
+    except ValueError:
+        return None
+    if any(set(word) <= set("();<>|&") or "$" in word or "`" in word for word in words):
+        return None
+    return words
+
+
+def _package_command(words: list[str]) -> list[str] | None:
+    """["install" or "uninstall", …] in pip's terms when the command is one of these, however it is spelled."""
+    rest = words[:]
+    uv = False
+    if rest and re.fullmatch(r"(?:.*/)?python3?(?:\.\d+)?", rest[0]) and rest[1:2] == ["-m"]:
+        rest = rest[2:]
+    if rest and re.fullmatch(r"(?:.*/)?uv", rest[0]):
+        uv, rest = True, rest[1:]
+    if (
+        not rest
+        or not re.fullmatch(r"(?:.*/)?pip3?", rest[0])
+        or rest[1:2] not in (["install"], ["uninstall"])
+    ):
+        return None
+    verb, *arguments = rest[1:]
+    return [verb, *(_from_uv(arguments) if uv else arguments)]
+
+
+def _from_uv(arguments: list[str]) -> list[str]:
+    """uv's options in pip's words; those with no meaning in pip are left out."""
+    out: list[str] = []
+    skip = 0
+    for word in arguments:
+        if skip:
+            skip -= 1
+        elif word in ("--compile-bytecode", "--system", "--no-cache"):
+            continue
+        elif word in ("--python", "--index-strategy", "--prerelease", "--torch-backend"):
+            skip = 1
+            if word == "--prerelease":
+                out.append("--pre")
+        else:
+            out.append({"--requirements": "--requirement"}.get(word, word))
+    return out
+
+
+def _system_packages(words: list[str]) -> list[str]:
+    """The packages of an `apt-get install` command."""
+    if words[:1] not in (["apt"], ["apt-get"]) or "install" not in words:
+        return []
+    return [word for word in words[words.index("install") + 1 :] if not word.startswith("-")]
+
+
+def _is_package_index_update(words: list[str]) -> bool:
+    return words[:1] in (["apt"], ["apt-get"]) and words[1:2] in (["update"], ["clean"])
+
+
+def _without_unreachable_indexes(arguments: list[str], log: Log) -> list[str]:
+    """Leave out extra package indexes that cannot be reached: pip would retry each for every single package."""
+    out: list[str] = []
+    pairs = iter(arguments)
+    for word in pairs:
+        option, equals, value = word.partition("=")
+        if option not in ("--extra-index-url", "--find-links", "-f"):
+            out.append(word)
+            continue
+        url = value if equals else next(pairs, "")
+        if url.startswith(("http://", "https://")) and (reason := _unreachable(url)):
+            log(f"going on without {option} {url}, which cannot be reached from here: {reason}\n")
+        else:
+            out += [option, url]
+    return out
+
+
+def _unreachable(url: str) -> str | None:
+    """None when something listens there (or a proxy stands before it: then pip is left to find out)."""
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(host):
+        return None
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """A copy of a folder tree made of hard links: quick, and small until something is replaced."""
+    shutil.copytree(source, target, symlinks=True, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _break_links(tree: Path) -> None:
+    """Make every file of the tree a file of its own."""
+    for folder, _, names in os.walk(tree):
+        for name in names:
+            path = os.path.join(folder, name)
+            state = os.lstat(path)
+            if state.st_nlink > 1 and not os.path.islink(path):
+                shutil.copy2(path, path + ".own")
+                os.replace(path + ".own", path)
+
+
+def _relocate_scripts(venv: Path) -> None:
+    """Let the environment's scripts start the interpreter where containers see it.
+
+    pip writes the path of the environment that it filled into the first line of every script.
+    """
+    here = f"{venv}/bin/"
+    for script in (venv / "bin").iterdir():
+        if script.is_symlink() or not script.is_file():
+            continue
+        with script.open("rb") as file:
+            head = file.read(1024)
+        if not head.startswith(b"#!") or here.encode() not in head:
+            continue
+        text = script.read_bytes().replace(here.encode(), f"{IMAGE_PATH}/venv/bin/".encode(), 2)
+        mode = script.stat().st_mode
+        script.unlink()  # it may be a hard link to the parent's
+        script.write_bytes(text)
+        script.chmod(mode)

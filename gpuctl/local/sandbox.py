@@ -1,0 +1,235 @@
+"""What a container sees of this machine, as a list of mounts; and how to enter it. Imports gpuctl.errors only.
+
+A container's root is the host's, read-only, with its own writable places on top: `/tmp`, `/root`, its Volumes at
+the paths that the app names. The user's home, the plane's state and other containers are not there at all. No
+privilege and no daemon is needed: a user namespace is enough.
+
+`Filesystem` decides the mounts, in order, as plain data. Two back ends make them: bubblewrap, and util-linux's
+`unshare` with our own `container_init` doing the mounting. Both then run `container_init` as process 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from gpuctl.errors import GpuctlError
+
+INIT = Path(__file__).with_name("container_init.py")
+
+# Top-level places of the host that a container never sees; some are replaced by the container's own.
+_HIDDEN = (
+    "/boot",
+    "/dev",
+    "/home",
+    "/lost+found",
+    "/media",
+    "/mnt",
+    "/proc",
+    "/root",
+    "/run",
+    "/srv",
+    "/tmp",
+)
+_GPU_DEVICES = ("nvidia", "dri")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One step: `kind` is tmpfs, bind, ro_bind, symlink, proc, dev or dir; `source` is unused for some."""
+
+    kind: str
+    target: str
+    source: str = ""
+
+
+@dataclass
+class Filesystem:
+    """The mounts of one container, in the order in which they are made.
+
+    `hide` are host folders that must not be visible wherever they lie (the plane's state and cache, the home).
+    """
+
+    hide: tuple[Path, ...] = ()
+    mounts: list[Mount] = field(default_factory=list)
+    _scaffolded: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.mounts.append(Mount("tmpfs", "/"))
+        self._bind_children("/", skip=_HIDDEN)
+        for place in ("/home", "/mnt", "/run", "/srv", "/media"):
+            self.mounts.append(Mount("tmpfs", place))
+        for hidden in self.hide:
+            if self._visible(str(hidden)) and hidden.is_dir():
+                self.mounts.append(Mount("tmpfs", str(hidden)))
+        self.mounts.append(Mount("proc", "/proc"))
+        self._devices()
+        self._resolver()
+
+    def bind(self, source: Path, target: str, *, read_only: bool) -> None:
+        """Show `source` (a file or folder of the host) at `target`, which need not exist on the host."""
+        target = os.path.normpath(target)
+        self._scaffold(target)
+        self.mounts.append(Mount("ro_bind" if read_only else "bind", target, str(source)))
+
+    def show(self, folder: Path) -> None:
+        """Show a host folder, read-only, at its own path, where it would otherwise be hidden."""
+        self.bind(folder, str(folder), read_only=True)
+
+    def directory(self, target: str) -> None:
+        """Make sure that `target` exists; made writable (in memory) where the host lacks it."""
+        if not (self._visible(target) and Path(target).is_dir()):
+            self._scaffold(os.path.join(target, "x"))
+            self.mounts.append(Mount("dir", target))
+
+    def _devices(self) -> None:
+        self.mounts.append(Mount("dev", "/dev"))
+        for entry in sorted(Path("/dev").iterdir()):
+            if entry.name.startswith(_GPU_DEVICES):
+                self.mounts.append(Mount("bind", str(entry), str(entry)))
+
+    def _resolver(self) -> None:
+        # systemd-resolved keeps the real file under /run, which is hidden; without it no name resolves.
+        real = os.path.realpath("/etc/resolv.conf")
+        if real.startswith("/run/") and os.path.isfile(real):
+            self.mounts.append(Mount("ro_bind", real, real))
+
+    def _bind_children(self, directory: str, *, skip: tuple[str, ...] = ()) -> None:
+        with os.scandir(directory) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if entry.path in skip:
+                    continue
+                if entry.is_symlink():
+                    self.mounts.append(Mount("symlink", entry.path, os.readlink(entry.path)))
+                else:
+                    self.mounts.append(Mount("ro_bind", entry.path, entry.path))
+
+    def _visible(self, path: str) -> bool:
+        """Whether `path` shows the host's own (read-only) content, rather than something of the container's."""
+        if any(path == place or path.startswith(place + "/") for place in (*_HIDDEN, *map(str, self.hide))):
+            return False
+        return path not in self._scaffolded
+
+    def _scaffold(self, target: str) -> None:
+        """Make it possible to mount at `target` where the host lacks it and its parent is read-only.
+
+        The deepest existing ancestor is replaced by a small file system in memory with each of the ancestor's
+        entries bound back, so that a new mount point can be made in it.
+        """
+        if not self._visible(target) or os.path.lexists(target):
+            return
+        ancestor = os.path.dirname(target)
+        while not os.path.isdir(ancestor):
+            ancestor = os.path.dirname(ancestor)
+        if ancestor == "/" or ancestor in self._scaffolded:
+            return
+        self._scaffolded.add(ancestor)
+        self.mounts.append(Mount("tmpfs", ancestor))
+        self._bind_children(ancestor)
+
+
+def _probe(argv: list[str]) -> str | None:
+    """None when the command works, else the last line of what it said."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+_UNSHARE = (
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "--mount",
+    "--pid",
+    "--ipc",
+    "--uts",
+    "--fork",
+    "--kill-child",
+)
+_BWRAP = (
+    "bwrap",
+    "--unshare-user",
+    "--uid",
+    "0",
+    "--gid",
+    "0",
+    "--unshare-pid",
+    "--unshare-ipc",
+    "--unshare-uts",
+)
+
+
+@cache
+def find_backend() -> str:
+    """`bwrap` or `unshare`: the first that works here.
+
+    Raises GpuctlError, with what to install, where neither does.
+    """
+    reasons = []
+    if shutil.which("bwrap"):
+        if (reason := _probe([*_BWRAP, "--ro-bind", "/", "/", "--proc", "/proc", "true"])) is None:
+            return "bwrap"
+        reasons.append(f"bwrap: {reason}")
+    if shutil.which("unshare"):
+        if (reason := _probe([*_UNSHARE, "--net", "mount", "-t", "proc", "proc", "/proc"])) is None:
+            return "unshare"
+        reasons.append(f"unshare: {reason}")
+    raise GpuctlError(
+        "the local control plane cannot make containers here"
+        + (f" ({'; '.join(reasons)})" if reasons else ": neither bwrap nor unshare is installed"),
+        hint="install bubblewrap (`apt install bubblewrap`) or util-linux, and allow user namespaces "
+        "(`sysctl kernel.unprivileged_userns_clone=1`, or an AppArmor profile for bwrap or unshare)",
+    )
+
+
+def enter_argv(
+    backend: str, *, isolated_network: bool, control_fd: int, plan: Path, filesystem: Filesystem
+) -> list[str]:
+    """The command that starts `container_init` as process 1 of a new container.
+
+    `plan` is the JSON file that `container_init` reads; `control_fd` its end of the socket to the plane.
+    """
+    init = [_interpreter(), "-I", "-S", str(INIT), str(control_fd), str(plan)]
+    if backend == "unshare":
+        return [*_UNSHARE, *(["--net"] if isolated_network else []), "--", *init]
+    argv = [*_BWRAP, "--die-with-parent", "--as-pid-1", *(["--unshare-net"] if isolated_network else [])]
+    for mount in filesystem.mounts:
+        argv += _bwrap_option(mount)
+    return [*argv, "--", *init]
+
+
+def _bwrap_option(mount: Mount) -> list[str]:
+    match mount.kind:
+        case "tmpfs" | "proc" | "dev" | "dir":
+            return [f"--{mount.kind}", mount.target]
+        case "symlink":
+            return ["--symlink", mount.source, mount.target]
+        case "bind":
+            return ["--dev-bind", mount.source, mount.target]
+        case "ro_bind":
+            return ["--ro-bind", mount.source, mount.target]
+    raise AssertionError(mount.kind)
+
+
+def _interpreter() -> str:
+    """The real interpreter, not a virtual environment's link to it: it starts faster and needs one folder less."""
+    return str(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def interpreter_folders(*executables: str) -> list[Path]:
+    """The installation folders that must be visible for these interpreters to start."""
+    folders = [Path(sys.base_prefix)]
+    for executable in executables:
+        real = Path(os.path.realpath(executable))
+        folders.append(real.parent.parent if real.parent.name == "bin" else real.parent)
+    # /usr and the like are there anyway.
+    return [f for f in dict.fromkeys(folders) if str(f) not in ("/", "/usr", "/usr/local")]
