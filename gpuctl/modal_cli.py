@@ -15,13 +15,13 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from gpuctl.errors import usage_error
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 TESTED_VERSION = "1.6.4"
@@ -62,6 +62,7 @@ def app_logs_argv(
     search: str | None = None,
     source: str | None = None,
     timestamps: bool = False,
+    container_ids: bool = False,
     environment: str | None = None,
 ) -> list[str]:
     argv = [*MODAL, "app", "logs", app]
@@ -74,6 +75,8 @@ def app_logs_argv(
         argv += ["--tail", str(tail)]
     if timestamps:
         argv.append("--timestamps")
+    if container_ids:
+        argv.append("--show-container-id")
     return argv + _environment(environment)
 
 
@@ -147,13 +150,23 @@ class Runner(Protocol):
     def run(self, argv: Sequence[str], env: ModalEnv) -> Completed:
         """To its end, output kept."""
 
-    def stream(self, argv: Sequence[str], env: ModalEnv, on_line: Callable[[str], None]) -> int:
-        """To its end, each line (stdout and stderr together) handed on as it comes."""
+    def stream(
+        self,
+        argv: Sequence[str],
+        env: ModalEnv,
+        *,
+        on_output: Callable[[str], None] | None,
+        on_error: Callable[[str], None],
+    ) -> int:
+        """To its end; lines of stdout and of stderr handed on as they come, from two threads.
+
+        `on_output=None`: stdout is our own stderr, which is a terminal, so that spinners work.
+        """
 
     def follow(self, argv: Sequence[str], env: ModalEnv, on_line: Callable[[str], None]) -> Follower:
         """In the background; `on_line` is called in another thread."""
 
-    def hand_over(self, argv: Sequence[str], env: ModalEnv, *, stdout_to_stderr: bool = False) -> int:
+    def hand_over(self, argv: Sequence[str], env: ModalEnv) -> int:
         """To its end, with our own terminal, keyboard included."""
 
 
@@ -172,25 +185,46 @@ class ProcessRunner:
         )
         return Completed(done.returncode, done.stdout, done.stderr)
 
-    def stream(self, argv: Sequence[str], env: ModalEnv, on_line: Callable[[str], None]) -> int:
-        with _piped_child(argv, env) as child:
-            try:
-                for line in _lines(child):
-                    on_line(line)
-            except BaseException:
-                _end(child)
-                raise
+    def stream(
+        self,
+        argv: Sequence[str],
+        env: ModalEnv,
+        *,
+        on_output: Callable[[str], None] | None,
+        on_error: Callable[[str], None],
+    ) -> int:
+        sys.stderr.flush()
+        child = subprocess.Popen(
+            list(argv),
+            env=dict(env.variables) if on_output is None else _piped(env),
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if on_output is None else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            bufsize=1,
+        )
+        errors = threading.Thread(target=_pump, args=(child.stderr, on_error), daemon=True)
+        errors.start()
+        try:
+            if on_output is not None:
+                _pump(child.stdout, on_output)
+            errors.join()
             return child.wait()
+        except BaseException:
+            # Ctrl-C reached the child too: let it say goodbye to the server before it is made to end.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=5)
+            _end(child)
+            raise
 
     def follow(self, argv: Sequence[str], env: ModalEnv, on_line: Callable[[str], None]) -> Follower:
         return _Following(argv, env, on_line)
 
-    def hand_over(self, argv: Sequence[str], env: ModalEnv, *, stdout_to_stderr: bool = False) -> int:
+    def hand_over(self, argv: Sequence[str], env: ModalEnv) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
-        child = subprocess.Popen(
-            list(argv), env=dict(env.variables), stdout=sys.stderr.fileno() if stdout_to_stderr else None
-        )
+        child = subprocess.Popen(list(argv), env=dict(env.variables))
         # Ctrl-C reaches the whole foreground group; the child decides what it means, we only wait for it.
         interrupted = False
         while True:
@@ -207,13 +241,22 @@ class ProcessRunner:
 class _Following:
     def __init__(self, argv: Sequence[str], env: ModalEnv, on_line: Callable[[str], None]) -> None:
         # A session of its own: Ctrl-C goes to gpuctl alone, which then cancels.
-        self._child = _piped_child(argv, env, start_new_session=True)
+        self._child = subprocess.Popen(
+            list(argv),
+            env=_piped(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            start_new_session=True,
+        )
         self._reader = threading.Thread(target=self._read, args=(on_line,), daemon=True)
         self._reader.start()
 
     def _read(self, on_line: Callable[[str], None]) -> None:
-        for line in _lines(self._child):
-            on_line(line)
+        _pump(self._child.stdout, on_line)
         self._child.wait()
 
     def returncode(self) -> int | None:
@@ -228,26 +271,10 @@ def _piped(env: ModalEnv) -> dict[str, str]:
     return {**env.variables, "COLUMNS": _PIPE_COLUMNS, "PYTHONUNBUFFERED": "1"}
 
 
-def _piped_child(
-    argv: Sequence[str], env: ModalEnv, *, start_new_session: bool = False
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        list(argv),
-        env=_piped(env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        bufsize=1,
-        start_new_session=start_new_session,
-    )
-
-
-def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
-    assert child.stdout is not None
-    for line in child.stdout:
-        yield line.rstrip("\n")
+def _pump(stream: IO[str] | None, on_line: Callable[[str], None]) -> None:
+    assert stream is not None
+    for line in stream:
+        on_line(line.rstrip("\n"))
 
 
 def _end(child: subprocess.Popen[str]) -> None:

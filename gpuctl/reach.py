@@ -1,0 +1,90 @@
+"""How a target is reached: the environment of the `modal` child, and the Modal Environment that it will use.
+
+May import: `gpuctl.errors`, `gpuctl.paths`, `gpuctl.target`, `gpuctl.modal_cli`, `gpuctl.local.client`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.modal_cli import ModalEnv
+from gpuctl.paths import cache_dir, state_dir
+from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEFAULT_ENVIRONMENT = "main"
+
+NO_CREDENTIALS = "no credentials for Modal: run `modal setup`, or use --local (this machine, no account)"
+
+
+def reach(target: Target, *, start: bool = False) -> ModalEnv:
+    """The child's environment. For the local target: of the plane that runs, or (`start`) that is started."""
+    if target is Target.MODAL:
+        check_credentials()
+        return ModalEnv.modal()
+    from gpuctl.local import client
+
+    if start:
+        plane = client.ensure_up(state_dir() / "local", cache_dir() / "local")
+    else:
+        running = client.running(state_dir() / "local")
+        if running is None:
+            raise GpuctlError(
+                "the local control plane is not running, so nothing runs on this machine",
+                hint="gpuctl local up  (or: gpuctl serve … --local, which starts it)",
+            )
+        plane = running
+    return ModalEnv.local(plane.client_env())
+
+
+def environment_name(target: Target, wanted: str | None) -> str:
+    """The Modal Environment that a command works in, as the client would choose it."""
+    if wanted:
+        return wanted
+    if target is Target.LOCAL:
+        return DEFAULT_ENVIRONMENT
+    return os.environ.get("MODAL_ENVIRONMENT") or _profile().get("environment") or DEFAULT_ENVIRONMENT
+
+
+def check_credentials(environ: Mapping[str, str] | None = None) -> None:
+    """Refuse early where there are plainly none; what the client makes of those that exist is its answer."""
+    environ = os.environ if environ is None else environ
+    if environ.get("MODAL_TOKEN_ID") or environ.get("MODAL_OAUTH_REFRESH_TOKEN"):
+        return
+    profile = _profile(environ)
+    if not (profile.get("token_id") or profile.get("oauth_refresh_token")):
+        raise usage_error(NO_CREDENTIALS)
+
+
+def account(env: ModalEnv) -> str:
+    """A name for whose tokens are used, that changes when the account or the plane does; not a secret."""
+    variables = env.variables
+    if env.target is Target.MODAL and not variables.get("MODAL_TOKEN_ID"):
+        name, _ = _active_profile(variables)
+        return f"{env.target}/{name}"
+    digest = hashlib.sha256(variables.get("MODAL_TOKEN_ID", "").encode()).hexdigest()
+    return f"{env.target}/{digest[:16]}"
+
+
+def _profile(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    return _active_profile(os.environ if environ is None else environ)[1]
+
+
+def _active_profile(environ: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The name and content of the active profile in Modal's configuration file; empty when there is none."""
+    path = Path(environ.get("MODAL_CONFIG_PATH") or Path.home() / ".modal.toml").expanduser()
+    try:
+        profiles = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "default", {}
+    tables = {name: table for name, table in profiles.items() if isinstance(table, dict)}
+    active = [name for name, table in tables.items() if table.get("active")]
+    name = environ.get("MODAL_PROFILE") or (active[0] if active else "default")
+    return name, tables.get(name, {})
