@@ -1,0 +1,105 @@
+"""What MODEL may be. May import: gpuctl.errors, gpuctl.catalog, gpuctl.specs.names.
+
+An alias of the catalogue (`llama3`), or a repository of Hugging Face, `org/name[@revision]`, where the revision is a
+branch, a tag or a commit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from gpuctl import catalog
+from gpuctl.errors import usage_error
+from gpuctl.specs import names
+
+TINY = "tiny"
+# The hub's rule for repositories (huggingface_hub, `validate_repo_id`): each part of letters, digits, '-', '_', '.',
+# not starting or ending with '-' or '.', without '--' and '..', at most 96 characters in all.
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_REPO = re.compile(rf"{_PART}/{_PART}")
+_LONGEST_REPO = 96
+# A branch, a tag or a commit: what git allows, less what only confuses (`git check-ref-format`).
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
+# "-8B", "_70b", "-0.6B-Instruct": most makers say in the name how many parameters a model has. A mixture of experts
+# names both ("-30B-A3B"): the whole comes first, and the whole is what must be downloaded.
+_BILLIONS = re.compile(
+    r"(?:^|[-_.])(?:(?P<experts>[0-9]{1,3})x)?(?P<size>[0-9]{1,4}(?:\.[0-9]{1,3})?)b(?:$|[-_.])", re.I
+)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model: by which alias, if any; its repository (None: made on the spot); the revision that was asked for."""
+
+    alias: str | None
+    repo: str | None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelRef:
+        """Read MODEL; a usage error names what was given and what would work."""
+        if not text.strip():
+            raise usage_error(
+                "MODEL: nothing given; give an alias (such as qwen3) or org/name of Hugging Face"
+            )
+        repo, at, revision = text.partition("@")
+        if at and (not _REVISION.fullmatch(revision) or ".." in revision):
+            raise usage_error(f"MODEL: {revision!r} in {text!r} is no branch, tag or commit")
+        known = catalog.models().get(repo)
+        if known is not None:
+            if at and known.repo is None:
+                raise usage_error(f"MODEL: {known.alias} has no revisions: it is made on the spot")
+            return cls(known.alias, known.repo, revision or None)
+        if _REPO.fullmatch(repo) and len(repo) <= _LONGEST_REPO and "--" not in repo and ".." not in repo:
+            return cls(None, repo, revision or None)
+        if re.fullmatch(r"[A-Za-z0-9._-]+", repo) and ".." not in repo:
+            raise usage_error(f"MODEL: unknown alias {repo!r}{_near(repo)}; or give org/name of Hugging Face")
+        raise usage_error(
+            f"MODEL: {text!r} is neither an alias nor org/name[@revision] "
+            "(letters, digits, '-', '_' and '.', one slash)"
+        )
+
+    @property
+    def title(self) -> str:
+        """What the model is called in messages: its repository, or `tiny`."""
+        return self.repo or TINY
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names that requests may give as `model`: what the user typed first, then the repository."""
+        return tuple(dict.fromkeys(name for name in (self.alias, self.repo) if name))
+
+    @property
+    def served_name(self) -> str:
+        """The name to send."""
+        return self.served_names[0]
+
+    @property
+    def default_name(self) -> str:
+        """A name for the App: the alias, or the repository's own name as Modal accepts it."""
+        return names.slug(self.alias or self.title.rpartition("/")[2]) or "model"
+
+    @property
+    def entry(self) -> catalog.Model | None:
+        """The catalogue's facts about it, also when it was named by repository."""
+        if self.alias is not None:
+            return catalog.models()[self.alias]
+        return next((model for model in catalog.models().values() if model.repo == self.repo), None)
+
+    @property
+    def download_gib(self) -> float | None:
+        """GiB of weights: from the catalogue, else from the size that the name states (bfloat16), else None."""
+        entry = self.entry
+        if entry is not None:
+            return entry.download_gib
+        match = _BILLIONS.search(self.title.rpartition("/")[2])
+        if match is None:
+            return None
+        return catalog.gib_of_parameters(float(match["size"]) * int(match["experts"] or 1))
+
+
+def _near(alias: str) -> str:
+    near = difflib.get_close_matches(alias.lower(), list(catalog.models()), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(catalog.models())}"

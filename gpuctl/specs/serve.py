@@ -1,0 +1,426 @@
+"""What `gpuctl serve` was asked for, checked once. May import: gpuctl.errors, catalog, target, specs.
+
+`ServeSpec.from_options` takes what was typed, and raises one usage error that lists every problem of the command.
+Whatever Modal would refuse later, or take silently and misread, is refused here by the flag's name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from gpuctl import catalog
+from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.specs import names
+from gpuctl.specs.engine_args import check_engine_args
+from gpuctl.specs.gpu import GpuRequest
+from gpuctl.specs.model import ModelRef
+from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+DEFAULT_CONCURRENCY = 32
+DEFAULT_MIN_CONTAINERS = 0
+DEFAULT_MAX_CONTAINERS = 1  # a finite bill; see --max-containers
+DEFAULT_SCALEDOWN = 300  # seconds
+ROUTING_REGIONS = ("us-east", "us-west", "eu-west", "ap-south")
+CLOUDS = ("aws", "gcp", "oci", "auto")
+STRATEGIES = ("rolling", "recreate")
+
+HUGGINGFACE_CACHE = "/root/.cache/huggingface"
+VLLM_CACHE = "/root/.cache/vllm"
+CACHES = (("huggingface-cache", HUGGINGFACE_CACHE), ("vllm-cache", VLLM_CACHE))
+
+_LONGEST_TIMEOUT = 24 * 3600  # seconds: Modal's limit for time-outs
+_SCALEDOWN = (2, 3600)  # seconds: modal 1.6.4, `_functions.py`
+_MOST = 2**31 - 1  # the wire has 32 bits
+
+_WHOLE = re.compile(r"[0-9]{1,10}", re.ASCII)
+_DECIMAL = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,3})?", re.ASCII)
+_REGION = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}(?:rc[0-9]{1,4}|\.post[0-9]{1,4})?", re.ASCII)
+_DEBIAN = re.compile(r"[a-z0-9][a-z0-9.+-]*(?:=[A-Za-z0-9.+:~-]+)?")  # Debian policy 5.6.1, 5.6.12
+
+T = TypeVar("T")
+
+# The default of --startup-timeout: what a container may take from its start until it answers.
+_BOOT_SECONDS = 600  # image pull, imports, torch.compile and CUDA graphs; an assumption on the safe side
+_SECONDS_PER_GIB = 20  # a first download at about 54 MB/s, also an assumption on the safe side
+_UNKNOWN_SIZE_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class VolumeMount:
+    """A Volume of the user's, and where the container sees it."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of a resource to reserve, and the hard limit if there is one: `cpu` in cores, `memory` in MiB."""
+
+    request: float
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class ServeSpec:
+    """A valid request to serve a model. Seconds and MiB; None: left to Modal's or the engine's own default."""
+
+    name: str
+    model: ModelRef
+    gpu: GpuRequest | None
+    concurrency: int
+    min_containers: int
+    max_containers: int
+    buffer_containers: int | None
+    scaledown: int
+    max_model_len: int | None
+    cpu: Amount | None
+    memory: Amount | None
+    ephemeral_disk: int | None
+    region: tuple[str, ...]
+    routing_region: str
+    cloud: str | None
+    startup_timeout: int
+    secrets: tuple[str, ...]
+    secrets_from_env: tuple[str, ...]
+    env_vars: tuple[tuple[str, str], ...]
+    volumes: tuple[VolumeMount, ...]
+    environment: str | None
+    tags: tuple[tuple[str, str], ...]
+    deploy_tag: str | None
+    strategy: str | None
+    auth: bool
+    vllm_version: str
+    pip: tuple[str, ...]
+    apt: tuple[str, ...]
+    engine_args: tuple[str, ...]
+    target: Target
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        model: str,
+        gpu: str | None = None,
+        name: str | None = None,
+        concurrency: str | None = None,
+        min_containers: str | None = None,
+        max_containers: str | None = None,
+        buffer_containers: str | None = None,
+        scaledown: str | None = None,
+        max_model_len: str | None = None,
+        cpu: str | None = None,
+        memory: str | None = None,
+        ephemeral_disk: str | None = None,
+        region: str | None = None,
+        routing_region: str | None = None,
+        cloud: str | None = None,
+        startup_timeout: str | None = None,
+        secret: Sequence[str] = (),
+        secret_from_env: Sequence[str] = (),
+        env_var: Sequence[str] = (),
+        volume: Sequence[str] = (),
+        env: str | None = None,
+        tag: Sequence[str] = (),
+        deploy_tag: str | None = None,
+        strategy: str | None = None,
+        auth: bool = True,
+        vllm_version: str | None = None,
+        pip: Sequence[str] = (),
+        apt: Sequence[str] = (),
+        engine_args: Sequence[str] = (),
+        target: Target = Target.MODAL,
+    ) -> ServeSpec:
+        """Check what was typed (texts as they came; None: not given) and put the defaults in."""
+        read = _Reader()
+        model_ref = read.parsed(ModelRef.parse, model)
+        gpu_request = None if gpu is None else read.parsed(GpuRequest.parse, gpu)
+        if gpu is None and target is Target.MODAL:
+            read.problem("--gpu: required, for example --gpu H100; to run without a GPU, use --local")
+        read.rule("--name", name, names.object_name)
+        read.rule("--env", env, names.environment_name)
+        read.rule("--deploy-tag", deploy_tag, lambda text: names.tag(text, longest=50))
+
+        at_once = read.whole("--concurrency", concurrency, DEFAULT_CONCURRENCY)
+        least = read.whole("--min-containers", min_containers, DEFAULT_MIN_CONTAINERS, at_least=0)
+        most = read.whole("--max-containers", max_containers, DEFAULT_MAX_CONTAINERS)
+        if least > most:
+            read.problem(
+                f"--min-containers: {least} is more than --max-containers {most}"
+                + (" (its default)" if max_containers is None else "")
+            )
+        buffer = read.optional_whole("--buffer-containers", buffer_containers, at_least=0)
+        idle = read.whole(
+            "--scaledown",
+            scaledown,
+            DEFAULT_SCALEDOWN,
+            at_least=_SCALEDOWN[0],
+            at_most=_SCALEDOWN[1],
+            unit="seconds",
+        )
+        model_len = read.optional_whole("--max-model-len", max_model_len, unit="tokens")
+        cores = read.amount("--cpu", cpu, whole=False, unit="cores, as in 4, 2.5 or REQUEST,LIMIT")
+        mebibytes = read.amount(
+            "--memory", memory, whole=True, unit="MiB, as in 16384 (16 GiB) or REQUEST,LIMIT"
+        )
+        disk = read.optional_whole("--ephemeral-disk", ephemeral_disk, unit="MiB")
+        regions = read.regions(region)
+        routing = read.one_of("--routing-region", routing_region, ROUTING_REGIONS) or ROUTING_REGIONS[0]
+        provider = read.one_of("--cloud", cloud, CLOUDS)
+        timeout = read.whole(
+            "--startup-timeout",
+            startup_timeout,
+            default_startup_timeout(model_ref.download_gib if model_ref else None),
+            at_most=_LONGEST_TIMEOUT,
+            unit="seconds",
+        )
+
+        secrets = read.many("--secret", secret, names.object_name)
+        from_env = read.many("--secret-from-env", secret_from_env, names.variable)
+        build = catalog.vllm().cpu if target is Target.LOCAL else catalog.vllm().cuda
+        variables = read.env_vars(env_var, set_by_file=build.env, from_env=from_env)
+        mounts = read.volumes(volume)
+        app_tags = read.tags(tag)
+        rollout = read.one_of("--strategy", strategy, STRATEGIES)
+        version = read.version(vllm_version)
+        python_packages = read.many("--pip", pip, _python_package)
+        system_packages = read.many("--apt", apt, _system_package)
+        read.problems += check_engine_args(engine_args)
+
+        if read.problems or model_ref is None:
+            raise usage_error(read.problems)
+        return cls(
+            name=name if name is not None else model_ref.default_name,
+            model=model_ref,
+            gpu=gpu_request,
+            concurrency=at_once,
+            min_containers=least,
+            max_containers=most,
+            buffer_containers=buffer,
+            scaledown=idle,
+            max_model_len=model_len,
+            cpu=cores,
+            memory=mebibytes,
+            ephemeral_disk=disk,
+            region=regions,
+            routing_region=routing,
+            cloud=provider,
+            startup_timeout=timeout,
+            secrets=secrets,
+            secrets_from_env=from_env,
+            env_vars=variables,
+            volumes=mounts,
+            environment=env,
+            tags=app_tags,
+            deploy_tag=deploy_tag,
+            strategy=rollout,
+            auth=auth,
+            vllm_version=version,
+            pip=python_packages,
+            apt=system_packages,
+            engine_args=tuple(engine_args),
+            target=target,
+        )
+
+    @property
+    def engine_build(self) -> catalog.Build:
+        """How the engine's image is built for the device of the target."""
+        engine = catalog.vllm()
+        return engine.cpu if self.target is Target.LOCAL else engine.cuda
+
+
+def default_startup_timeout(download_gib: float | None) -> int:
+    """Seconds that a container may take from its start until it answers, when `--startup-timeout` says nothing.
+
+    600 s + 20 s per GiB of weights, rounded up to a minute; 3600 s where the size is not known. Both figures are
+    assumptions on the safe side, not measurements: a slow image pull and engine start, and a first download at
+    54 MB/s. A longer limit costs nothing; one that is too short ends a start that would have succeeded, again and
+    again (Modal's own default is 30 s).
+    """
+    if download_gib is None:
+        return _UNKNOWN_SIZE_SECONDS
+    seconds = _BOOT_SECONDS + _SECONDS_PER_GIB * download_gib
+    return min(int(-(-seconds // 60) * 60), _LONGEST_TIMEOUT)
+
+
+class _Reader:
+    """Reads options one by one, and keeps every problem for one report."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def problem(self, line: str) -> None:
+        self.problems.append(line)
+
+    def parsed(self, parse: Callable[[str], T], text: str) -> T | None:
+        try:
+            return parse(text)
+        except GpuctlError as error:
+            self.problems += error.problems
+            return None
+
+    def rule(self, flag: str, text: str | None, wrong: Callable[[str], str | None]) -> None:
+        """Check a text that is taken as it is."""
+        said = None if text is None else wrong(text)
+        if said:
+            self.problem(f"{flag}: {said}")
+
+    def many(self, flag: str, texts: Sequence[str], wrong: Callable[[str], str | None]) -> tuple[str, ...]:
+        """A repeatable option, each text taken as it is, none twice."""
+        for text in texts:
+            self.rule(flag, text, wrong)
+        for text in _repeated(texts):
+            self.problem(f"{flag}: {text!r} is given twice")
+        return tuple(texts)
+
+    def whole(
+        self,
+        flag: str,
+        text: str | None,
+        default: int,
+        *,
+        at_least: int = 1,
+        at_most: int = _MOST,
+        unit: str | None = None,
+    ) -> int:
+        number = self.optional_whole(flag, text, at_least=at_least, at_most=at_most, unit=unit)
+        return default if number is None else number
+
+    def optional_whole(
+        self, flag: str, text: str | None, *, at_least: int = 1, at_most: int = _MOST, unit: str | None = None
+    ) -> int | None:
+        if text is None:
+            return None
+        if _WHOLE.fullmatch(text.strip()) and at_least <= int(text) <= at_most:
+            return int(text)
+        span = f"from {at_least} to {at_most}" if at_most != _MOST else f"of at least {at_least}"
+        self.problem(f"{flag}: {text!r} is not a whole number {span}" + (f" ({unit})" if unit else ""))
+        return None
+
+    def amount(self, flag: str, text: str | None, *, whole: bool, unit: str) -> Amount | None:
+        if text is None:
+            return None
+        parts = [part.strip() for part in text.split(",")]
+        pattern = _WHOLE if whole else _DECIMAL
+        numbers = [(int if whole else float)(part) for part in parts if pattern.fullmatch(part)]
+        if len(numbers) != len(parts) or len(parts) > 2 or not all(0 < number <= _MOST for number in numbers):
+            self.problem(f"{flag}: {text!r} is not a positive number of {unit}")
+            return None
+        if len(numbers) == 2 and numbers[1] < numbers[0]:
+            self.problem(f"{flag}: the limit in {text!r} is less than the request")
+            return None
+        return Amount(*numbers)
+
+    def one_of(self, flag: str, text: str | None, allowed: Sequence[str]) -> str | None:
+        if text is not None and text not in allowed:
+            self.problem(f"{flag}: {text!r} is not one of {', '.join(allowed)}")
+        return text
+
+    def regions(self, text: str | None) -> tuple[str, ...]:
+        if text is None:
+            return ()
+        regions = tuple(part.strip() for part in text.split(","))
+        for region in regions:
+            if not _REGION.fullmatch(region):
+                self.problem(
+                    f"--region: {region!r} is no region, such as us-east, eu or us-west-2 (several: a,b)"
+                )
+        return regions
+
+    def version(self, text: str | None) -> str:
+        if text is None:
+            return catalog.vllm().version
+        if not _VERSION.fullmatch(text):
+            self.problem(
+                f"--vllm-version: {text!r} is not an exact version, such as {catalog.vllm().version}"
+            )
+        return text
+
+    def pairs(self, flag: str, texts: Sequence[str], form: str) -> list[tuple[str, str]]:
+        pairs = []
+        for text in texts:
+            key, equals, value = text.partition("=")
+            if not equals or not key:
+                self.problem(f"{flag}: {_shown(text, flag)} is not of the form {form}")
+                continue
+            pairs.append((key, value))
+        for key in _repeated([key for key, _ in pairs]):
+            self.problem(f"{flag}: {key!r} is given twice")
+        return pairs
+
+    def env_vars(
+        self, texts: Sequence[str], *, set_by_file: Mapping[str, str], from_env: Sequence[str]
+    ) -> tuple[tuple[str, str], ...]:
+        pairs = self.pairs("--env-var", texts, "KEY=VALUE")
+        for key, value in pairs:
+            self.rule("--env-var", key, names.variable)
+            if not names.encodable(value):
+                self.problem(f"--env-var: the value of {key} is not text that a variable can hold")
+            if key in set_by_file:
+                self.problem(f"--env-var: {key} is set by gpuctl itself, to {set_by_file[key]!r}")
+            if key in from_env:
+                self.problem(f"--env-var: {key} is given by --secret-from-env too")
+        return tuple(pairs)
+
+    def tags(self, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+        pairs = self.pairs("--tag", texts, "KEY=VALUE")
+        for pair in pairs:
+            for text in pair:
+                self.rule("--tag", text, lambda text: names.tag(text, longest=63))
+        return tuple(pairs)
+
+    def volumes(self, texts: Sequence[str]) -> tuple[VolumeMount, ...]:
+        mounts = []
+        for text in texts:
+            name, colon, path = text.partition(":")
+            if not colon or not path:
+                self.problem(f"--volume: {text!r} has no path; the form is NAME:PATH, as in data:/data")
+                continue
+            self.rule("--volume", name, names.object_name)
+            self.rule("--volume", path, names.mount_path)
+            for cache, at in CACHES:
+                if name == cache or _overlap(path, at):
+                    self.problem(
+                        f"--volume: {text!r} collides with the cache {cache}, which is mounted at {at}"
+                    )
+            mounts.append(VolumeMount(name, path))
+        for name in _repeated([mount.name for mount in mounts]):
+            self.problem(f"--volume: {name!r} is given twice; Modal mounts a Volume in one place only")
+        for i, mount in enumerate(mounts):
+            for other in mounts[:i]:
+                if _overlap(mount.path, other.path):
+                    self.problem(f"--volume: {mount.path} and {other.path} overlap")
+        return tuple(mounts)
+
+
+def _shown(text: str, flag: str) -> str:
+    """A refused text as it may be printed: what was meant for a variable may be a secret."""
+    return "an entry" if flag == "--env-var" else repr(text)
+
+
+def _repeated(texts: Sequence[str]) -> list[str]:
+    return [text for text in dict.fromkeys(texts) if list(texts).count(text) > 1]
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(other + "/") or other.startswith(one + "/")
+
+
+def _python_package(text: str) -> str | None:
+    if text.strip() != text or not text or text.startswith("-") or names.control_character(text):
+        return f"{text!r} is no requirement, such as flashinfer-python==0.7.0"
+    return None
+
+
+def _system_package(text: str) -> str | None:
+    return (
+        None
+        if _DEBIAN.fullmatch(text)
+        else f"{text!r} is no Debian package, such as ffmpeg or ffmpeg=7:4.4.2"
+    )
