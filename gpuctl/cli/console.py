@@ -91,6 +91,12 @@ class Console:
     def hint(self, text: str) -> None:
         self._write(f"{self._paint(_BOLD, 'hint:')} {text}")
 
+    def error_block(self, title: str, lines: Sequence[str]) -> None:
+        """Lines of somebody else's, set off from our own: they explain the error that follows."""
+        self._write(title)
+        for line in lines:
+            self._write(f"  {self._paint(_DIM, '|')} {line}")
+
     def done(self, text: str) -> None:
         """A step that ended well; nothing with `--quiet`."""
         if not self.quiet:
