@@ -26,7 +26,10 @@ IMAGE_TIMEOUT = 540
 @pytest.fixture(scope="module")
 def served(gpuctl: Gpuctl) -> dict[str, Any]:
     """The document of `gpuctl serve tiny --local --json`."""
-    return json.loads(gpuctl.ok("serve", "tiny", "--local", "--json", timeout=IMAGE_TIMEOUT))
+    document: dict[str, Any] = json.loads(
+        gpuctl.ok("serve", "tiny", "--local", "--json", timeout=IMAGE_TIMEOUT)
+    )
+    return document
 
 
 @pytest.fixture(scope="module")
