@@ -1,0 +1,184 @@
+"""A spec becomes source. May import: gpuctl.errors, catalog, specs, target; jinja2 where it is used.
+
+Every value enters a template as a Python literal (`finalize`), so that no text of a user's can become code; what is
+code already says so by its type (`Code`). The output is formatted as `ruff format` would leave it, by construction:
+whatever can be long stands one per line with a trailing comma.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpuctl import __version__, catalog
+from gpuctl.errors import GpuctlError
+from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
+from gpuctl.specs.serve import CACHES, Amount
+from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import jinja2
+
+    from gpuctl.specs.serve import ServeSpec
+
+_WIDTH = 88  # ruff's default
+
+
+class Code(str):
+    """Text that is Python already, and enters a template as it is."""
+
+    __slots__ = ()
+
+
+def render_serve(spec: ServeSpec, *, argv: Sequence[str], revision: str | None) -> str:
+    """The module that serves `spec`. `argv`: the command that heads it; `revision`: the exact commit, if known."""
+    build = spec.engine_build
+    tiny = spec.model.repo is None
+    local = spec.target is Target.LOCAL
+    engine_args = [*build.args, *(_TINY_ARGS if tiny else ())]
+    context = {
+        "header": header(argv),
+        "tiny": tiny,
+        "name": spec.name,
+        "model": spec.model.title,
+        "pinned": revision is not None,
+        "revision": revision or spec.model.revision or "main",
+        "served_names": spec.model.served_names,
+        "vllm_version": spec.vllm_version,
+        "gpus": [str(choice) for choice in spec.gpu.choices] if spec.gpu else [],
+        "tensor_parallel": 1 if local or spec.gpu is None else spec.gpu.tensor_parallel,
+        "gpu_memory_utilization": None
+        if gives(spec.engine_args, GPU_MEMORY_UTILIZATION)
+        else catalog.vllm().gpu_memory_utilization,
+        "max_model_len": spec.max_model_len,
+        "engine_args": [*dict.fromkeys(engine_args), *spec.engine_args],
+        "concurrency": spec.concurrency,
+        "startup_timeout": spec.startup_timeout,
+        "tags": spec.tags,
+        "build": build,
+        "remove_command": f"python -m pip uninstall -y {' '.join(build.remove)}",
+        "apt": spec.apt,
+        "pip": spec.pip,
+        "env": [*build.env.items(), *(_TINY_ENV if tiny else {}).items(), *spec.env_vars],
+        "secrets": spec.secrets,
+        "secrets_from_env": spec.secrets_from_env,
+        "volumes": [*CACHES, *((mount.name, mount.path) for mount in spec.volumes)],
+        "cpu": spec.cpu,
+        "memory": spec.memory,
+        "ephemeral_disk": spec.ephemeral_disk,
+        "min_containers": spec.min_containers,
+        "max_containers": spec.max_containers,
+        "buffer_containers": spec.buffer_containers,
+        "scaledown": spec.scaledown,
+        "routing_region": spec.routing_region,
+        "region": spec.region,
+        "cloud": spec.cloud,
+        "auth": spec.auth,
+    }
+    return _environment().get_template("serve/vllm.py.jinja").render(context)
+
+
+_TINY_ARGS = ("--load-format", "dummy", "--enforce-eager")
+_TINY_ENV = {"HF_HUB_OFFLINE": "1"}  # there is nothing to look up
+
+
+def literal(value: object) -> str:
+    """A Python literal of a text, a number, a truth value or None, spelled as `ruff format` spells it."""
+    if isinstance(value, Code):
+        return str(value)
+    if isinstance(value, str):
+        return _text_literal(str(value))
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    # A list or an object here is a mistake of the template: its parts are to be written one by one. An undefined
+    # name must fail too, and its repr() does not; str() does.
+    raise TypeError(f"no literal for {type(value).__name__}: {value}")
+
+
+def header(argv: Sequence[str]) -> Code:
+    """Comment lines with the command that made the file, on one line, whatever the arguments hold.
+
+    The command stands on the third line: in the first two, a comment that holds `coding:` would choose the encoding
+    of the file (PEP 263).
+    """
+    command = " ".join(["gpuctl", *map(shell_word, argv)])
+    return Code(f"# Made with gpuctl {__version__}, by this command:\n#\n#     {command}")
+
+
+def shell_word(text: str) -> str:
+    """One word for a shell, on one line: as it is, '…', or $'…' where it holds what cannot be printed."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = (_shell_escape(character) for character in text)
+    return "$'" + "".join(escaped) + "'"
+
+
+def _shell_escape(character: str) -> str:
+    if character in "\\'":
+        return "\\" + character
+    if character.isprintable():
+        return character
+    return {"\n": "\\n", "\t": "\\t"}.get(character) or f"\\U{ord(character):08x}"
+
+
+def _text_literal(text: str) -> str:
+    # ruff's choice of quotes: double, unless single ones need fewer escapes.
+    quote = "'" if text.count('"') > text.count("'") else '"'
+    body = "".join(
+        "\\" + character if character in (quote, "\\") else _python_escape(character) for character in text
+    )
+    return quote + body + quote
+
+
+def _python_escape(character: str) -> str:
+    if character.isprintable():
+        return character
+    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character)
+    code = ord(character)
+    return named or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
+
+
+def _after(value: str, before: str) -> Code:
+    """A literal on the right of an assignment, in parentheses where only so the line is not too long."""
+    text = literal(value)
+    if len(before) + len(text) <= _WIDTH or 4 + len(text) > _WIDTH:
+        return Code(text)
+    return Code(f"(\n    {text}\n)")
+
+
+def _amount(amount: Amount) -> Code:
+    """What Modal takes for cpu= and memory=: a number, or (request, limit)."""
+    if amount.limit is None:
+        return Code(literal(amount.request))
+    return Code(f"({literal(amount.request)}, {literal(amount.limit)})")
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates()),
+        undefined=jinja2.StrictUndefined,
+        finalize=literal,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - the output is Python, and `literal` is its escaping
+    )
+    filters: dict[str, Any] = {"after": _after, "amount": _amount}
+    environment.filters.update(filters)
+    return environment
+
+
+def templates() -> Path:
+    """The folder of the templates: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "templates", package.parent / "templates"):
+        if (folder / "serve").is_dir():
+            return folder
+    raise GpuctlError(f"the templates are missing: looked in {package / 'templates'}; reinstall gpuctl")
