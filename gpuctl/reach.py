@@ -19,6 +19,8 @@ from gpuctl.target import Target
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gpuctl.local.client import Plane
+
 DEFAULT_ENVIRONMENT = "main"
 
 NO_CREDENTIALS = "no credentials for Modal: run `modal setup`, or use --local (this machine, no account)"
@@ -29,12 +31,12 @@ def reach(target: Target, *, start: bool = False) -> ModalEnv:
     if target is Target.MODAL:
         check_credentials()
         return ModalEnv.modal()
-    from gpuctl.local import client
-
     if start:
+        from gpuctl.local import client
+
         plane = client.ensure_up(state_dir() / "local", cache_dir() / "local")
     else:
-        running = client.running(state_dir() / "local")
+        running = running_plane()
         if running is None:
             raise GpuctlError(
                 "the local control plane is not running, so nothing runs on this machine",
@@ -42,6 +44,13 @@ def reach(target: Target, *, start: bool = False) -> ModalEnv:
             )
         plane = running
     return ModalEnv.local(plane.client_env())
+
+
+def running_plane() -> Plane | None:
+    """The local control plane, where it runs; nothing is started."""
+    from gpuctl.local import client
+
+    return client.running(state_dir() / "local")
 
 
 def environment_name(target: Target, wanted: str | None) -> str:

@@ -4,7 +4,7 @@ A token opens every authenticated endpoint of a Modal workspace (or of the local
 The secret goes to stdout in `gpuctl token` and into request headers: never into argv, a record, a log, an
 error.
 
-May import: `gpuctl.errors`, `gpuctl.files`, `gpuctl.modal_cli`, `gpuctl.reach`, `gpuctl.target`.
+May import: `gpuctl.errors`, `files`, `modal_cli`, `paths`, `reach`, `records`, `target`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gpuctl.errors import GpuctlError
+from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.files import locked, write_private
 from gpuctl.modal_cli import proxy_token_create_argv, shown
-from gpuctl.reach import account
-from gpuctl.records import now
+from gpuctl.paths import state_dir
+from gpuctl.reach import account, environment_name, reach
+from gpuctl.records import Records, now
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from gpuctl.cli.console import Console
     from gpuctl.modal_cli import ModalEnv, Runner
 
 SCHEMA = 1
@@ -92,6 +94,49 @@ class Tokens:
         except (OSError, ValueError, KeyError, TypeError):
             raise GpuctlError(f"{self._path}: not readable as gpuctl's tokens", hint="move it away") from None
         return dict(tokens)
+
+
+def workspace_token(env: ModalEnv, runner: Runner, console: Console, *, yes: bool) -> ProxyToken:
+    """The token of the account or plane behind `env`: kept, or made, on Modal after asking (or `yes`)."""
+
+    def may_create() -> bool:
+        return yes or console.confirm(
+            "The endpoint wants a proxy token. Make one in your Modal workspace and keep it in a private file?",
+            refused="--yes: needed to make a proxy token in your Modal workspace when nobody can be asked",
+        )
+
+    return Tokens(state_dir()).token_for(env, runner=runner, may_create=may_create)
+
+
+def endpoint_token(
+    name: str | None,
+    target: Target | None,
+    environment: str | None,
+    *,
+    new: bool,
+    yes: bool,
+    runner: Runner,
+    console: Console,
+) -> ProxyToken:
+    """The token that the endpoint `name` wants; without a name, that of the target.
+
+    `target=None`: none was asked for. Then it is the target of the only deployment that there is, else Modal.
+    """
+    records = Records(state_dir())
+    if name is not None:
+        where = target or Target.MODAL
+        record = records.find(name, where, environment_name(where, environment))
+        if not record.auth:
+            raise usage_error(f"'{name}' was deployed with --no-auth: it wants no token")
+    elif target is None:
+        running = {record.target for record in records.all() if record.running}
+        where = running.pop() if len(running) == 1 else Target.MODAL
+    else:
+        where = target
+    env = reach(where)
+    if new:
+        Tokens(state_dir()).forget(env)
+    return workspace_token(env, runner, console, yes=yes)
 
 
 def _create(env: ModalEnv, runner: Runner) -> ProxyToken:

@@ -6,12 +6,15 @@ May import: typer, `gpuctl.errors`, `gpuctl.target`.
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gpuctl.errors import usage_error
 from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from gpuctl.modal_cli import Runner
 
 Local = Annotated[
     bool, typer.Option("--local", help="Use the control plane of this machine (also: GPUCTL_TARGET=local).")
@@ -36,3 +39,11 @@ def target_of(local: bool) -> Target:
         return Target(wanted)
     except ValueError:
         raise usage_error(f"GPUCTL_TARGET: unknown target {wanted!r}; use 'modal' or 'local'") from None
+
+
+def runner_of(context: typer.Context) -> Runner:
+    """What starts processes: the real thing, or what a test put into the context (`obj=`)."""
+    from gpuctl.modal_cli import ProcessRunner
+
+    runner: Runner | None = context.obj
+    return ProcessRunner() if runner is None else runner

@@ -1,0 +1,26 @@
+"""Completion of deployment names, from the records alone: no process is started, nothing is asked over a network.
+
+May import: typer, `gpuctl.paths`, `gpuctl.target`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import typer  # noqa: TC002 (typer reads the annotations at run time)
+
+from gpuctl.target import Target
+
+
+def deployment_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of what was deployed to the target that the command line names so far."""
+    from gpuctl.paths import state_dir
+
+    local = ctx.params.get("local") or os.environ.get("GPUCTL_TARGET") == Target.LOCAL
+    target = Target.LOCAL if local else Target.MODAL
+    environment = ctx.params.get("env") or "*"
+    try:
+        found = (state_dir() / "deployments" / target).glob(f"{environment}/*.json")
+        return sorted({path.stem for path in found if path.stem.startswith(incomplete)})
+    except OSError:
+        return []

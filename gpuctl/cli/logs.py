@@ -1,0 +1,65 @@
+"""`gpuctl logs NAME`: Modal's own log command, with the terminal. May import: typer, options, complete."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gpuctl.cli.complete import deployment_names
+from gpuctl.cli.options import Environment, Local, Verbose, runner_of, target_of
+from gpuctl.errors import usage_error
+
+
+def logs(
+    ctx: typer.Context,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The deployment.", autocompletion=deployment_names)
+    ],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come.")] = False,
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="TIME", help="From then on: 2h, 30m, or an ISO time.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="TIME", help="Up to then.")] = None,
+    tail: Annotated[
+        int | None, typer.Option("--tail", "-n", min=1, metavar="N", help="Only the last N lines.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", metavar="TEXT", help="Only lines that contain it.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", metavar="SOURCE", help="Only stdout, stderr or system.")
+    ] = None,
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="Each line with its time.")] = False,
+    local: Local = False,
+    env: Environment = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show or follow the logs of a deployment."""
+    from gpuctl.cli.console import Console
+    from gpuctl.modal_cli import app_logs_argv, shown
+    from gpuctl.paths import state_dir
+    from gpuctl.reach import environment_name, reach
+    from gpuctl.records import Records
+
+    if follow and (since or until or tail is not None):
+        raise usage_error("--follow: shows what comes, so not together with --since, --until or --tail")
+    if source is not None and source not in ("stdout", "stderr", "system"):
+        raise usage_error(f"--source: unknown source {source!r}; use stdout, stderr or system")
+    target = target_of(local)
+    record = Records(state_dir()).find(name, target, environment_name(target, env))
+    argv = app_logs_argv(
+        record.app_id,
+        follow=follow,
+        since=since,
+        until=until,
+        tail=tail,
+        search=search,
+        source=source,
+        timestamps=timestamps,
+        environment=env,
+    )
+    Console(verbose=verbose).detail(f"$ {shown(argv)}")
+    code = runner_of(ctx).hand_over(argv, reach(target))
+    if code:
+        raise typer.Exit(code)

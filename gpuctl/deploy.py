@@ -1,0 +1,355 @@
+"""Carry a plan out: write the file, `modal deploy` it, record it, wait for its first answer, say how to use it.
+
+Nothing is decided here that the plan has not decided; `--dry-run` shows the same plan. May import:
+`gpuctl.errors`, `files`, `paths`, `modal_cli`, `plan`, `reach`, `records`, `snippets`, `target`, `tokens`, `wait`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gpuctl import __version__
+from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.files import write_private
+from gpuctl.modal_cli import check_version, deploy_argv, server_info_argv, shown
+from gpuctl.paths import state_dir
+from gpuctl.reach import NO_CREDENTIALS, environment_name, reach
+from gpuctl.records import (
+    DeploymentRecord,
+    EngineRecord,
+    LimitsRecord,
+    ModelRecord,
+    Records,
+    SourceRecord,
+    now,
+)
+from gpuctl.snippets import Use, curl, openai_client
+from gpuctl.target import Target
+from gpuctl.tokens import workspace_token
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gpuctl.cli.console import Console
+    from gpuctl.modal_cli import ModalEnv, Runner
+    from gpuctl.plan import Plan
+    from gpuctl.tokens import ProxyToken
+
+# The class in every rendered file; with the App's name it is what `modal server info` takes.
+SERVER = "Server"
+# In a container the file is the module of this name, so it must be one, and no package's.
+FILE_NAME = "endpoint.py"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What stands after `serve`. `seconds` by stage, as far as it went."""
+
+    name: str
+    target: Target
+    url: str
+    base_url: str
+    model: str
+    gpu: str | None
+    environment: str
+    app_id: str
+    seconds: dict[str, float]
+
+    def document(self) -> dict[str, Any]:
+        """`serve --json` (docs/json.md). Holds no credential."""
+        return {
+            "name": self.name,
+            "target": self.target.value,
+            "url": self.url,
+            "base_url": self.base_url,
+            "model": self.model,
+            "gpu": self.gpu,
+            "environment": self.environment,
+            "app_id": self.app_id,
+            "seconds": self.seconds,
+        }
+
+
+def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bool = False) -> Deployed:
+    """Do what the plan says, talking on the way, and show the result."""
+    spec = plan.spec
+    modal_version = check_version()
+    environment = environment_name(spec.target, spec.environment)
+    for note in plan.notes:
+        console.note(note)
+    env = reach(spec.target, start=True)
+    if spec.target is Target.MODAL and not yes:
+        question = f"Deploy '{spec.name}' to Modal (environment '{environment}')?"
+        if not console.confirm(
+            question, refused="--yes: needed to deploy to Modal when there is no terminal to ask on"
+        ):
+            raise GpuctlError("not deployed")
+    # Before anything is deployed: whoever must be asked is asked now.
+    token = workspace_token(env, runner, console, yes=yes) if wait and spec.auth else None
+
+    records = Records(state_dir())
+    previous = records.get(spec.target, environment, spec.name)
+    file = _write_source(plan, environment)
+    began = time.time()
+    console.say(f"deploying {spec.name} from {file}")
+    output = _deploy(plan, file, env, runner, console)
+    seconds = {"image": round(time.time() - began, 3)}
+    app_id, url = _identity(plan, output, env, runner, console)
+    record = _record(plan, file, environment, app_id, url, modal_version)
+    records.save(record)
+    use = Use(
+        name=spec.name,
+        target=spec.target,
+        environment=spec.environment,
+        base_url=record.base_url,
+        model=record.model.served_name,
+        auth=spec.auth,
+        startup_timeout=spec.startup_timeout,
+    )
+    console.done(f"image and deployment: {seconds['image']:.1f} s")
+    if wait:
+        replaces = previous is not None and previous.running
+        changed = previous is not None and previous.source.sha256 != plan.digest
+        text, waited = _wait(
+            use,
+            token,
+            app_id=app_id,
+            env=env,
+            began=began if previous is not None else None,
+            expect_new_container=replaces and changed,
+            runner=runner,
+            console=console,
+        )
+        seconds |= waited
+        console.done(f"ready: {spec.name} answered {json.dumps(text, ensure_ascii=False)}")
+        if spec.model.repo is None:
+            console.say("  (the weights are random, so the words are nonsense; the engine is real)")
+    deployed = Deployed(
+        name=spec.name,
+        target=spec.target,
+        url=record.url,
+        base_url=record.base_url,
+        model=record.model.served_name,
+        gpu=",".join(record.gpu) or None,
+        environment=environment,
+        app_id=app_id,
+        seconds=seconds,
+    )
+    _show(deployed, use, console)
+    return deployed
+
+
+def _write_source(plan: Plan, environment: str) -> Path:
+    """Where the deployed file is kept: the user can read it, edit it and deploy it without gpuctl."""
+    folder = state_dir() / "apps" / plan.spec.target.value / environment / plan.spec.name
+    file = folder / FILE_NAME
+    write_private(file, plan.source)
+    return file
+
+
+# -- modal deploy
+
+
+class _Output:
+    """What `modal deploy` prints: shown as it comes, but for its final error, which is told once, by us."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.lines: list[str] = []
+        self.error: list[str] = []
+
+    def output(self, line: str) -> None:
+        self.lines.append(line)
+        self._console.say(line)
+
+    def error_line(self, line: str) -> None:
+        if self.error or line.startswith("Error:"):
+            self.error.append(line)
+        else:
+            self.lines.append(line)
+            self._console.say(line)
+
+
+def _deploy(plan: Plan, file: Path, env: ModalEnv, runner: Runner, console: Console) -> list[str]:
+    """Deploy, progress on stderr; what was printed, or nothing where it went straight to the terminal."""
+    spec = plan.spec
+    argv = deploy_argv(file, environment=spec.environment, tag=spec.deploy_tag, strategy=spec.strategy)
+    console.detail(f"$ {shown(argv)}")
+    shows = _Output(console)
+    code = runner.stream(
+        argv, env, on_output=None if console.live else shows.output, on_error=shows.error_line
+    )
+    if code != 0:
+        if console.quiet and not shows.error:
+            console.error_block("modal deploy printed:", shows.lines[-40:])
+        raise deploy_error("\n".join(shows.error), code, spec.target, spec.environment)
+    return shows.lines
+
+
+_SECRET = re.compile(
+    r"[Ss]ecret '?(?P<name>[A-Za-z0-9._-]+)'? (?:was )?(?:not found|does not exist)"
+    r"|No secret named '(?P<other>[^']+)'",
+    re.IGNORECASE,
+)
+_ENVIRONMENT = re.compile(r"[Ee]nvironment '(?P<name>[^']+)' (?:was )?(?:not found|does not exist)")
+
+
+def deploy_error(text: str, code: int, target: Target, environment: str | None) -> GpuctlError:
+    """Modal's own error as ours: those that the user can mend say how, with exit code 2."""
+    modal = "gpuctl local modal" if target is Target.LOCAL else "modal"
+    inside = f" --env {environment}" if environment and target is Target.MODAL else ""
+    secret = _SECRET.search(text)
+    if secret:
+        name = secret["name"] or secret["other"]
+        return usage_error(
+            f"--secret: there is no secret named '{name}'",
+            # Never `modal secret create NAME KEY=VALUE`: that puts the value in argv and the shell's history.
+            hint=f"put KEY=value lines in a file, then: {modal} secret create {name} --from-dotenv FILE{inside}",
+        )
+    missing = _ENVIRONMENT.search(text)
+    if missing:
+        name = missing["name"]
+        return usage_error(
+            f"--env: there is no environment named '{name}'", hint=f"{modal} environment create {name}"
+        )
+    if "Token missing" in text:
+        return usage_error(NO_CREDENTIALS)
+    if re.search(r"[Tt]oken (?:ID|validation|is invalid|not found)|invalid token|[Uu]nauthenticated", text):
+        return usage_error(f"Modal refuses the credentials: {_line(text)}", hint="modal setup")
+    return GpuctlError(
+        f"modal deploy failed: {_line(text)}" if text else f"modal deploy failed (exit code {code})",
+        hint=None if text else "what it printed stands above",
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.removeprefix("Error:").split())
+
+
+_URL = re.compile(r"https?://[^\s'\"<>]+")
+_APP_ID = re.compile(r"\bap-[A-Za-z0-9]{6,}\b")
+
+
+def _identity(
+    plan: Plan, output: list[str], env: ModalEnv, runner: Runner, console: Console
+) -> tuple[str, str]:
+    """The app's id and the server's URL: as `modal deploy` printed them, else one more question (0.5 s)."""
+    found = _printed_identity(output)
+    if found is not None:
+        return found
+    spec = plan.spec
+    argv = server_info_argv(spec.name, SERVER, environment=spec.environment)
+    console.detail(f"$ {shown(argv)}")
+    done = runner.run(argv, env)
+    try:
+        info = json.loads(done.stdout) if done.returncode == 0 else {}
+        return str(info["app_id"]), str(info["server_url"]).rstrip("/")
+    except (ValueError, KeyError, TypeError):
+        raise GpuctlError(
+            f"deployed, but `{shown(argv)}` does not tell its URL: {_line(done.stderr) or done.stdout[:200]}"
+        ) from None
+
+
+def _printed_identity(output: list[str]) -> tuple[str, str] | None:
+    url = app_id = None
+    for number, line in enumerate(output):
+        if f"Created Server {SERVER}" in line and number + 1 < len(output):
+            match = _URL.search(output[number + 1])
+            url = match[0].rstrip("/") if match else None
+        if "View Deployment:" in line and (match := _APP_ID.search(line)):
+            app_id = match[0]
+    return (app_id, url) if app_id and url else None
+
+
+def _record(
+    plan: Plan, file: Path, environment: str, app_id: str, url: str, modal_version: str
+) -> DeploymentRecord:
+    spec = plan.spec
+    return DeploymentRecord(
+        name=spec.name,
+        target=spec.target,
+        environment=environment,
+        app_id=app_id,
+        server=SERVER,
+        url=url,
+        base_url=f"{url}/v1",
+        auth=spec.auth,
+        model=ModelRecord(
+            alias=spec.model.alias,
+            repo=spec.model.repo,
+            revision=spec.model.revision,
+            served_name=spec.model.served_name,
+        ),
+        engine=EngineRecord(name="vllm", version=spec.vllm_version),
+        gpu=tuple(str(choice) for choice in spec.gpu.choices) if spec.gpu else (),
+        limits=LimitsRecord(
+            concurrency=spec.concurrency,
+            min_containers=spec.min_containers,
+            max_containers=spec.max_containers,
+            buffer_containers=spec.buffer_containers,
+            scaledown_seconds=spec.scaledown,
+            startup_timeout_seconds=spec.startup_timeout,
+            max_model_len=spec.max_model_len,
+        ),
+        argv=plan.argv,
+        source=SourceRecord(path=str(file), sha256=plan.digest),
+        deployed_at=now(),
+        stopped_at=None,
+        gpuctl_version=__version__,
+        modal_version=modal_version,
+    )
+
+
+# -- after it
+
+
+def _wait(
+    use: Use,
+    token: ProxyToken | None,
+    *,
+    app_id: str,
+    env: ModalEnv,
+    began: float | None,
+    expect_new_container: bool,
+    runner: Runner,
+    console: Console,
+) -> tuple[str, dict[str, float]]:
+    from gpuctl.wait import Endpoint, wait_until_answers
+
+    stands = f"it stays deployed; to see more: {use.logs_command}; to stop it: {use.stop_command}"
+    try:
+        ready = wait_until_answers(
+            Endpoint(use.base_url, use.model, token, use.target),
+            app_id=app_id,
+            env=env,
+            environment=use.environment,
+            startup_timeout=use.startup_timeout,
+            began=began,
+            expect_new_container=expect_new_container,
+            runner=runner,
+            console=console,
+        )
+    except GpuctlError:
+        console.warn(stands)
+        raise
+    except KeyboardInterrupt:
+        console.warn(f"no longer waiting; {stands}")
+        raise
+    return " ".join(ready.text.split()), ready.seconds
+
+
+def _show(deployed: Deployed, use: Use, console: Console) -> None:
+    if console.json:
+        console.print_document(deployed.document())
+        return
+    if console.quiet:
+        console.answer(deployed.base_url)
+        return
+    console.answer(f"URL   {deployed.url}")
+    console.answer(f"\n# with curl\n{curl(use)}")
+    console.answer(f"\n# with the OpenAI client\n{openai_client(use)}")
+    console.answer(f"\n# logs, and stopping it\n{use.logs_command}\n{use.stop_command}")

@@ -1,0 +1,115 @@
+"""What is deployed: gpuctl's records joined with one `modal app list`.
+
+May import: `gpuctl.errors`, `modal_cli`, `paths`, `reach`, `records`, `target`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.errors import GpuctlError
+from gpuctl.modal_cli import app_list_argv, shown
+from gpuctl.paths import state_dir
+from gpuctl.reach import environment_name, reach, running_plane
+from gpuctl.records import DeploymentRecord, Records
+from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from gpuctl.cli.console import Console
+    from gpuctl.modal_cli import Runner
+
+STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One deployment as it stands. `state` is Modal's own word."""
+
+    record: DeploymentRecord
+    state: str
+    containers: int
+
+    def document(self) -> dict[str, Any]:
+        """One element of `ps --json` (docs/json.md)."""
+        record = self.record
+        return {
+            "name": record.name,
+            "target": record.target.value,
+            "environment": record.environment,
+            "model": record.model.served_name,
+            "revision": record.model.revision,
+            "gpu": ",".join(record.gpu) or None,
+            "state": self.state,
+            "containers": self.containers,
+            "url": record.url,
+            "base_url": record.base_url,
+            "app_id": record.app_id,
+            "deployed_at": record.deployed_at,
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        record = self.record
+        return (
+            record.name,
+            record.model.repo or record.model.served_name,
+            ",".join(record.gpu) or ("cpu" if record.target is Target.LOCAL else "-"),
+            self.state,
+            str(self.containers),
+            record.url if self.state != STOPPED else "-",
+            age(record.deployed_at),
+        )
+
+
+def age(since: str, *, at: datetime | None = None) -> str:
+    """`12s`, `5m`, `3h`, `2d`: how long ago an ISO time was."""
+    seconds = max(0, int(((at or datetime.now(UTC)) - datetime.fromisoformat(since)).total_seconds()))
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+def deployments(
+    target: Target, environment: str | None, *, every: bool, runner: Runner, console: Console
+) -> list[Row]:
+    """Newest first; stopped ones only where `every`. Costs one `modal` process, and starts nothing else."""
+    wanted = environment_name(target, environment)
+    records = Records(state_dir()).all(target, wanted)
+    if target is Target.LOCAL and running_plane() is None:
+        console.say(
+            "the local control plane is not running, so nothing runs here (start it: gpuctl local up)"
+        )
+        return [Row(record, STOPPED if not record.running else "down", 0) for record in records if every]
+    apps = _apps(target, environment, runner, console)
+    rows = [_row(record, apps) for record in records]
+    return [row for row in rows if every or row.state != STOPPED]
+
+
+def _apps(target: Target, environment: str | None, runner: Runner, console: Console) -> list[dict[str, Any]]:
+    argv = app_list_argv(environment=environment)
+    console.detail(f"$ {shown(argv)}")
+    done = runner.run(argv, reach(target))
+    if done.returncode != 0:
+        raise GpuctlError(f"`{shown(argv)}` failed: {' '.join(done.stderr.split()).removeprefix('Error: ')}")
+    try:
+        return list(json.loads(done.stdout))
+    except ValueError:
+        raise GpuctlError(f"`{shown(argv)}` printed no JSON: {done.stdout[:200]}") from None
+
+
+def _row(record: DeploymentRecord, apps: list[dict[str, Any]]) -> Row:
+    """By app id; by name where the same name was deployed again behind gpuctl's back."""
+    for app in apps:
+        if app["app_id"] == record.app_id and not _is_stopped(app):
+            return Row(record, str(app["state"]), int(app["tasks"]))
+    for app in apps:
+        if app["description"] == record.name and not _is_stopped(app) and app["state"] == "deployed":
+            return Row(record, str(app["state"]), int(app["tasks"]))
+    return Row(record, STOPPED, 0)
+
+
+def _is_stopped(app: dict[str, Any]) -> bool:
+    return bool(app.get("stopped_at")) or str(app["state"]).startswith("stopp")
