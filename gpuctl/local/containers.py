@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import json
 import os
 import shutil
 import signal
-import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _PLANE_SOCKET = "/run/modal/plane.sock"
-_EGRESS_SOCKET = "/run/modal/egress.sock"
 _ARGUMENTS = "/run/modal/arguments.bin"
-_EGRESS_PORT = 3128  # where programs in an isolated network find the way out, as HTTP(S)_PROXY
 _READ = 64 * 1024
 _LONGEST_LINE = 1 << 20  # a line of output longer than this is cut into pieces
 
@@ -155,45 +150,22 @@ class ContainerRuntime:
     async def start(self, spec: ContainerSpec) -> Container:
         """Start a container; returns once its program runs. Raises GpuctlError when its sandbox cannot be made."""
         folder = self._run_dir / spec.task_id
-        for name in ("tmp", "root", "modal", "new_root"):
+        for name in ("tmp", "root"):
             (folder / name).mkdir(parents=True, mode=0o700)
         sockets = self._short_folder(folder)
-        (folder / "modal" / "arguments.bin").write_bytes(spec.arguments)
+        (folder / "arguments.bin").write_bytes(spec.arguments)
 
         filesystem = await asyncio.to_thread(self._filesystem, spec, folder, sockets)
-        plan = folder / "modal" / "plan.json"
-        egress = await self._egress_socket() if spec.isolated_network else None
-        if egress is not None:
-            filesystem.bind(egress, _EGRESS_SOCKET, read_only=False)
-        plan_seen = plan if self.backend == "unshare" else Path("/run/modal/plan.json")
-        if self.backend == "bwrap":
-            filesystem.bind(plan, "/run/modal/plan.json", read_only=True)
-            filesystem.bind(sandbox.INIT, str(sandbox.INIT), read_only=True)
-        self._write_plan(plan, spec, filesystem, folder)
-
-        ours, theirs = socket.socketpair()
-        argv = sandbox.enter_argv(
-            self.backend,
+        program = sandbox.Program(
+            argv=spec.argv,
+            env=self._environment(spec),
+            workdir=spec.workdir,
             isolated_network=spec.isolated_network,
-            control_fd=theirs.fileno(),
-            plan=plan_seen,
-            filesystem=filesystem,
+            egress=await self._egress_socket() if spec.isolated_network else None,
         )
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                # The launcher must not see the plane's own secrets; the program gets exactly the plan's environment.
-                env={"PATH": os.environ.get("PATH", os.defpath)},
-                start_new_session=True,
-            )
-        finally:
-            theirs.close()
+        launched = await sandbox.launch(folder, filesystem, program)
+        process, reader, writer = launched.process, launched.reader, launched.writer
         (folder / "pid").write_text(str(process.pid))
-        reader, writer = await asyncio.open_connection(sock=ours)
         container = Container(spec, process, writer, sockets)
         output = [
             asyncio.create_task(self._pump(spec.task_id, fd, stream))
@@ -267,7 +239,7 @@ class ContainerRuntime:
         for volume in spec.volumes:
             filesystem.bind(volume.host, volume.path, read_only=volume.read_only)
         filesystem.bind(spec.server_socket, _PLANE_SOCKET, read_only=False)
-        filesystem.bind(folder / "modal" / "arguments.bin", _ARGUMENTS, read_only=True)
+        filesystem.bind(folder / "arguments.bin", _ARGUMENTS, read_only=True)
         filesystem.bind(sockets, "/run/modal/sockets", read_only=False)
         filesystem.directory(spec.workdir)
         return filesystem
@@ -298,25 +270,6 @@ class ContainerRuntime:
                 outside[top] = folder / "files" / top.lstrip("/")
         return [(source, target) for target, source in outside.items()]
 
-    def _write_plan(
-        self, plan: Path, spec: ContainerSpec, filesystem: sandbox.Filesystem, folder: Path
-    ) -> None:
-        unshare = self.backend == "unshare"
-        document = {
-            "mounts": [dataclasses.asdict(m) for m in filesystem.mounts] if unshare else None,
-            "new_root": str(folder / "new_root"),
-            "isolated_network": spec.isolated_network,
-            "egress_port": _EGRESS_PORT if spec.isolated_network else 0,
-            "egress_socket": _EGRESS_SOCKET,
-            "argv": spec.argv,
-            "env": self._environment(spec),
-            "workdir": spec.workdir,
-        }
-        # It holds the container's secrets: readable by the user alone, gone with the container.
-        descriptor = os.open(plan, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(document, file)
-
     def _environment(self, spec: ContainerSpec) -> dict[str, str]:
         venv = f"{IMAGE_PATH}/venv"
         environment = {
@@ -334,7 +287,7 @@ class ContainerRuntime:
         )
         if spec.isolated_network:
             for name in ("HTTP_PROXY", "HTTPS_PROXY"):
-                environment[name] = environment[name.lower()] = f"http://127.0.0.1:{_EGRESS_PORT}"
+                environment[name] = environment[name.lower()] = f"http://127.0.0.1:{sandbox.EGRESS_PORT}"
             environment["NO_PROXY"] = environment["no_proxy"] = "localhost,127.0.0.1,::1"
         return environment
 

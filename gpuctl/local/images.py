@@ -6,7 +6,7 @@ sandbox. What cannot be applied (system packages, registry base images) is said,
 
 On disk, under the cache folder:
     images/<image id>/image.json   what the image is; written last: a folder without it is an unfinished build
-    images/<image id>/tree/        venv/, files/ and home/ (what commands left in /root); or none: then a parent's
+    images/<image id>/tree/        venv/, files/, home/ (what commands left in /root); or none: a parent's then
     clients/<python>-<modal>/      the modal client for containers of that Python: pkg/ (first on the path), deps/ (last)
 A layer starts as a copy of its parent's tree made of hard links, so that 3 GB of packages are not copied.
 """
@@ -25,7 +25,10 @@ import re
 import shlex
 import shutil
 import socket
+import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +36,7 @@ from typing import Any
 
 from modal_proto import api_pb2
 
-from gpuctl.local import sandbox
+from gpuctl.local import dockerfile, sandbox
 
 # Where a container finds its image and the modal client. Fixed, so that a tree can be used under any layer's id.
 IMAGE_PATH = "/__image"
@@ -274,7 +277,7 @@ class _LayerBuild:
             raise ImageBuildError(
                 "Image.run_function is not there yet in the local control plane: use run_commands"
             )
-        for command in _join_continuations(self._image.dockerfile_commands):
+        for command in dockerfile.join_continuations(self._image.dockerfile_commands):
             await self._apply(command)
         if not self._layer.tree:
             await self._new_environment(self._python_hint)
@@ -301,7 +304,7 @@ class _LayerBuild:
             case "FROM":
                 await self._from(rest)
             case "ENV":
-                self._layer.env |= _parse_env(rest)
+                self._layer.env |= dockerfile.parse_env(rest)
             case "WORKDIR":
                 self._layer.workdir = os.path.join(self._layer.workdir or "/", shlex.split(rest)[0])
             case "ENTRYPOINT":
@@ -400,17 +403,17 @@ class _LayerBuild:
             await self._new_environment(self._python_hint)
         if self._official_python and "debconf-set-selections" in command:
             return
-        words = _words(command)
+        words = dockerfile.words(command)
         if words is None:
             await self._shell(command)
             return
-        if packages := _system_packages(words):
+        if packages := dockerfile.system_packages(words):
             if not self._official_python:  # what debian_slim itself installs is the machine's own business
                 self._warn(f"system packages are not installed here: {' '.join(packages)}")
             return
-        if _is_package_index_update(words):
+        if dockerfile.is_package_index_update(words):
             return
-        if (install := _package_command(words)) is not None:
+        if (install := dockerfile.package_command(words)) is not None:
             if self._official_python and install[1:] == ["--upgrade", "pip", "wheel", "uv"]:
                 return  # debian_slim's own tools: this machine's installer does their work
             await self._install(install)
@@ -460,75 +463,40 @@ class _LayerBuild:
         tops = sorted(p.name for p in (tree / "files").iterdir() if not Path("/", p.name).exists())
         for name in tops:
             filesystem.bind(tree / "files" / name, f"/{name}", read_only=False)
-        await self._in_sandbox(filesystem, command)
-
-    async def _in_sandbox(self, filesystem: sandbox.Filesystem, command: str) -> None:
-        backend = await asyncio.to_thread(sandbox.find_backend)
         scratch = self._folder / "scratch"
         (scratch / "tmp").mkdir(parents=True)
-        (scratch / "new_root").mkdir()
         filesystem.bind(scratch / "tmp", "/tmp", read_only=False)
+        installer = {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith(("PIP_", "UV_")) or k.lower().endswith("_proxy")
+        }
         environment = {
             "PATH": f"{IMAGE_PATH}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/root",
             "LANG": "C.UTF-8",
-            **{
-                k: v
-                for k, v in os.environ.items()
-                if k.startswith(("PIP_", "UV_")) or k.lower().endswith("_proxy")
-            },
+            **installer,
             **self._layer.env,
             **self._secret_env,
         }
-        plan = scratch / "plan.json"
-        if backend == "bwrap":
-            filesystem.bind(plan, "/run/plan.json", read_only=True)
-            filesystem.bind(sandbox.INIT, str(sandbox.INIT), read_only=True)
-        document: dict[str, Any] = {
-            "mounts": [asdict(m) for m in filesystem.mounts] if backend == "unshare" else None,
-            "new_root": str(scratch / "new_root"),
-            "isolated_network": False,
-            "egress_port": 0,
-            "egress_socket": "",
-            "argv": ["/bin/sh", "-c", command],
-            "env": environment,
-            "workdir": self._layer.workdir or "/root",
-        }
-        descriptor = os.open(plan, os.O_WRONLY | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(document, file)
-        ours, theirs = socket.socketpair()
-        seen = plan if backend == "unshare" else Path("/run/plan.json")
-        argv = sandbox.enter_argv(
-            backend, isolated_network=False, control_fd=theirs.fileno(), plan=seen, filesystem=filesystem
-        )
+        program = sandbox.Program(("/bin/sh", "-c", command), environment, self._layer.workdir or "/root")
         self._log(f"$ {command}\n")
-        code = -9
+        launched = await sandbox.launch(scratch, filesystem, program, merge_stderr=True)
+        code, reason = -9, ""
         try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                env={"PATH": os.environ.get("PATH", os.defpath)},
-                start_new_session=True,
-            )
-            theirs.close()
-            reader, writer = await asyncio.open_connection(sock=ours)
-            await _copy_output(process, self._log)
-            async for raw in reader:
-                if raw.startswith(b"exit "):
-                    code = int(raw.split()[1])
-                elif raw.startswith(b"error "):
-                    raise ImageBuildError(raw.decode(errors="replace")[6:].strip())
-            await process.wait()
-            writer.close()
+            await _copy_output(launched.process, self._log)
+            async for raw in launched.reader:
+                word, _, rest = raw.decode(errors="replace").strip().partition(" ")
+                if word == "exit":
+                    code = int(rest)
+                elif word == "error":
+                    reason = rest
+            await launched.process.wait()
         finally:
-            theirs.close()
+            launched.writer.close()  # whatever happened, nothing of it runs on
             shutil.rmtree(scratch, ignore_errors=True)
         if code != 0:
-            raise ImageBuildError(f"RUN {command} ended with exit code {code}")
+            raise ImageBuildError(f"RUN {command} ended with {reason or f'exit code {code}'}")
 
     def _warn(self, text: str) -> None:
         if text not in self._layer.warnings:
@@ -558,8 +526,6 @@ def find_python(wanted: str) -> tuple[str, str]:
 
 
 def _version_of(python: str) -> str | None:
-    import subprocess
-
     code = "import sys, ssl, ctypes; print('.'.join(map(str, sys.version_info[:3])))"
     try:
         done = subprocess.run(
@@ -643,94 +609,6 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     making.replace(path)
 
 
-def _join_continuations(commands: Any) -> list[str]:
-    """Dockerfile commands, one each, with `\\` at a line's end joined."""
-    lines = "\n".join(commands).split("\n")
-    joined: list[str] = []
-    open_line = False
-    for line in lines:
-        text = line.rstrip()
-        more = text.endswith("\\")
-        text = text[:-1] if more else text
-        if open_line:
-            joined[-1] += " " + text.strip()
-        else:
-            joined.append(text)
-        open_line = more
-    return joined
-
-
-def _parse_env(text: str) -> dict[str, str]:
-    """`ENV A=1 B="two"` and the older `ENV A 1`."""
-    words = shlex.split(text)
-    if words and "=" not in words[0]:
-        return {words[0]: " ".join(words[1:])}
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def _words(command: str) -> list[str] | None:
-    """The words of a command that is just one program and its arguments; None where a shell has to read it."""
-    lexer = shlex.shlex(
-        command.replace("--python $(command -v python)", ""), posix=True, punctuation_chars=True
-    )
-    lexer.whitespace_split = True
-    lexer.commenters = ""
-    try:
-        words = list(lexer)
-    except ValueError:
-        return None
-    if any(set(word) <= set("();<>|&") or "$" in word or "`" in word for word in words):
-        return None
-    return words
-
-
-def _package_command(words: list[str]) -> list[str] | None:
-    """["install" or "uninstall", …] in pip's terms when the command is one of these, however it is spelled."""
-    rest = words[:]
-    uv = False
-    if rest and re.fullmatch(r"(?:.*/)?python3?(?:\.\d+)?", rest[0]) and rest[1:2] == ["-m"]:
-        rest = rest[2:]
-    if rest and re.fullmatch(r"(?:.*/)?uv", rest[0]):
-        uv, rest = True, rest[1:]
-    if (
-        not rest
-        or not re.fullmatch(r"(?:.*/)?pip3?", rest[0])
-        or rest[1:2] not in (["install"], ["uninstall"])
-    ):
-        return None
-    verb, *arguments = rest[1:]
-    return [verb, *(_from_uv(arguments) if uv else arguments)]
-
-
-def _from_uv(arguments: list[str]) -> list[str]:
-    """uv's options in pip's words; those with no meaning in pip are left out."""
-    out: list[str] = []
-    skip = 0
-    for word in arguments:
-        if skip:
-            skip -= 1
-        elif word in ("--compile-bytecode", "--system", "--no-cache"):
-            continue
-        elif word in ("--python", "--index-strategy", "--prerelease", "--torch-backend"):
-            skip = 1
-            if word == "--prerelease":
-                out.append("--pre")
-        else:
-            out.append({"--requirements": "--requirement"}.get(word, word))
-    return out
-
-
-def _system_packages(words: list[str]) -> list[str]:
-    """The packages of an `apt-get install` command."""
-    if words[:1] not in (["apt"], ["apt-get"]) or "install" not in words:
-        return []
-    return [word for word in words[words.index("install") + 1 :] if not word.startswith("-")]
-
-
-def _is_package_index_update(words: list[str]) -> bool:
-    return words[:1] in (["apt"], ["apt-get"]) and words[1:2] in (["update"], ["clean"])
-
-
 def _without_unreachable_indexes(arguments: list[str], log: Log) -> list[str]:
     """Leave out extra package indexes that cannot be reached: pip would retry each for every single package."""
     out: list[str] = []
@@ -750,8 +628,6 @@ def _without_unreachable_indexes(arguments: list[str], log: Log) -> list[str]:
 
 def _unreachable(url: str) -> str | None:
     """None when something listens there (or a proxy stands before it: then pip is left to find out)."""
-    import urllib.request
-
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(host):

@@ -10,15 +10,26 @@ privilege and no daemon is needed: a user namespace is enough.
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpuctl.errors import GpuctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+EGRESS_PORT = 3128  # where programs in a network of their own find the way out, as HTTP(S)_PROXY
+_EGRESS_SOCKET = "/run/modal/egress.sock"
 
 INIT = Path(__file__).with_name("container_init.py")
 
@@ -191,17 +202,90 @@ def find_backend() -> str:
     )
 
 
-def enter_argv(
-    backend: str, *, isolated_network: bool, control_fd: int, plan: Path, filesystem: Filesystem
-) -> list[str]:
-    """The command that starts `container_init` as process 1 of a new container.
+@dataclass(frozen=True)
+class Program:
+    """What runs in a sandbox, and with what. `egress` is the host's socket that leads out of an isolated network."""
 
-    `plan` is the JSON file that `container_init` reads; `control_fd` its end of the socket to the plane.
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    workdir: str
+    isolated_network: bool = False
+    egress: Path | None = None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A sandbox that was started: the launcher's process, and our end of the socket to `container_init`."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+async def launch(
+    folder: Path, filesystem: Filesystem, program: Program, *, merge_stderr: bool = False
+) -> Launched:
+    """Start `program` as the one below process 1 of new namespaces; `folder` is private to it.
+
+    The first line to read says whether it started. Output is piped, stderr into stdout with `merge_stderr`.
     """
+    backend = find_backend()
+    new_root = folder / "new_root"
+    new_root.mkdir(exist_ok=True)
+    plan = plan_seen = folder / "plan.json"
+    if program.egress is not None:
+        filesystem.bind(program.egress, _EGRESS_SOCKET, read_only=False)
+    if backend == "bwrap":
+        plan_seen = Path("/run/modal/plan.json")
+        filesystem.bind(plan, str(plan_seen), read_only=True)
+        filesystem.bind(INIT, str(INIT), read_only=True)
+        for interpreter in interpreter_folders():
+            filesystem.show(interpreter)
+    document = {
+        "mounts": [dataclasses.asdict(m) for m in filesystem.mounts] if backend == "unshare" else None,
+        "new_root": str(new_root),
+        "isolated_network": program.isolated_network,
+        "egress_port": EGRESS_PORT if program.egress else 0,
+        "egress_socket": _EGRESS_SOCKET,
+        "argv": program.argv,
+        "env": dict(program.env),
+        "workdir": program.workdir,
+    }
+    # It holds the program's secrets: readable by the user alone, and removed with the folder.
+    descriptor = os.open(plan, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(document, file)
+
+    ours, theirs = socket.socketpair()
+    argv = _enter_argv(backend, program.isolated_network, theirs.fileno(), plan_seen, filesystem)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT if merge_stderr else asyncio.subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            # The launcher must not see the plane's own secrets; the program gets exactly the plan's environment.
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+            start_new_session=True,
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    reader, writer = await asyncio.open_connection(sock=ours)
+    return Launched(process, reader, writer)
+
+
+def _enter_argv(
+    backend: str, isolated: bool, control_fd: int, plan: Path, filesystem: Filesystem
+) -> list[str]:
+    """The command that starts `container_init` as process 1 of new namespaces."""
     init = [_interpreter(), "-I", "-S", str(INIT), str(control_fd), str(plan)]
     if backend == "unshare":
-        return [*_UNSHARE, *(["--net"] if isolated_network else []), "--", *init]
-    argv = [*_BWRAP, "--die-with-parent", "--as-pid-1", *(["--unshare-net"] if isolated_network else [])]
+        return [*_UNSHARE, *(["--net"] if isolated else []), "--", *init]
+    argv = [*_BWRAP, "--die-with-parent", "--as-pid-1", *(["--unshare-net"] if isolated else [])]
     for mount in filesystem.mounts:
         argv += _bwrap_option(mount)
     return [*argv, "--", *init]

@@ -1,0 +1,422 @@
+"""Images and containers, really built and really run, without the control plane around them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+from modal_proto import api_pb2
+
+from gpuctl.local import sandbox
+from gpuctl.local.containers import Container, ContainerRuntime, ContainerSpec, FileBind, VolumeBind
+from gpuctl.local.egress import _is_this_machine
+from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore
+
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+BASE = [f"FROM python:{PYTHON}.1-slim-bookworm", "RUN apt-get update", "RUN apt-get install -y gcc"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
+    return ImageStore(tmp_path_factory.mktemp("cache"))
+
+
+def build(store: ImageStore, commands: list[str], base: str = "", **files: Path) -> tuple[BuiltImage, str]:
+    image = api_pb2.Image(dockerfile_commands=commands)
+    if base:
+        image.base_images.append(api_pb2.BaseImage(docker_tag="base", image_id=base))
+    lines: list[str] = []
+    image_id = store.image_id(image, "2025.06")
+    context = {f"/{name}": path for name, path in files.items()}
+    built = asyncio.run(store.build(image_id, image, context_files=context, secret_env={}, log=lines.append))
+    return built, "".join(lines)
+
+
+@pytest.fixture(scope="module")
+def base(store: ImageStore) -> BuiltImage:
+    built, log = build(store, BASE)
+    assert built.python_version.startswith(PYTHON)
+    assert "system packages" not in log, "what debian_slim itself installs is no news"
+    return built
+
+
+@pytest.fixture(scope="module")
+def image(store: ImageStore, base: BuiltImage, tmp_path_factory: pytest.TempPathFactory) -> BuiltImage:
+    note = tmp_path_factory.mktemp("context") / "note"
+    note.write_text("from the context\n")
+    commands = [
+        "FROM base",
+        "RUN /.uv/uv pip install --python $(command -v python) --compile-bytecode 'six==1.17.0'",
+        "ENV GREETING='hello there'",
+        "WORKDIR /root/work",
+        "COPY /note /srv/data/note",
+        "RUN echo made > /root/by-a-command && python -c 'import six'",
+        "RUN apt-get install -y ffmpeg",
+    ]
+    built, log = build(store, commands, base.id, note=note)
+    assert "Successfully installed six-1.17.0" in log
+    return built
+
+
+def run(image: BuiltImage, code: str, tmp_path: Path, **overrides: object) -> tuple[int, str, str]:
+    """Run Python code in a container to its end: (exit code, standard output, standard error)."""
+    out: dict[int, str] = {1: "", 2: ""}
+
+    async def main() -> int:
+        def log(_task: str, fd: int, text: str) -> None:
+            assert text.endswith("\n")
+            out[fd] += text
+
+        runtime = ContainerRuntime(tmp_path / "state" / "run", on_log=log)
+        container = await runtime.start(spec(image, code, tmp_path, **overrides))
+        code_ = await asyncio.wait_for(container.wait(), 60)
+        await runtime.close()
+        assert list((tmp_path / "state" / "run").glob("ta-*")) == [], (
+            "nothing is left of a container that ended"
+        )
+        return code_
+
+    return asyncio.run(main()), out[1], out[2]
+
+
+def spec(image: BuiltImage, code: str, tmp_path: Path, **overrides: object) -> ContainerSpec:
+    plane = tmp_path / "plane.sock"
+    plane.touch()
+    values: dict[str, object] = {
+        "task_id": "ta-1",
+        "argv": (str(image.python), "-u", "-c", textwrap.dedent(code)),
+        "env": dict(image.env),
+        "image": image,
+        "workdir": image.workdir or "/root",
+        "volumes": (),
+        "files": (),
+        "isolated_network": False,
+        "arguments": b"arguments",
+        "server_socket": plane,
+    }
+    return ContainerSpec(**{**values, **overrides})  # type: ignore[arg-type]
+
+
+def test_an_image_brings_packages_env_files_and_what_commands_made(image: BuiltImage, tmp_path: Path) -> None:
+    assert image.warnings == ("system packages are not installed here: ffmpeg",)
+    code, out, err = run(
+        image,
+        """
+        import os, six, shutil
+        print(six.__version__, os.environ["GREETING"], os.getcwd())
+        print(open("/srv/data/note").read() + open("/root/by-a-command").read(), end="")
+        print(shutil.which("python"), shutil.which("pip"))
+        """,
+        tmp_path,
+    )
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "1.17.0 hello there /root/work",
+        "from the context",
+        "made",
+        "/__image/venv/bin/python /__image/venv/bin/pip",
+    ]
+
+
+def test_the_modal_client_is_there_but_nothing_else_of_ours(image: BuiltImage, tmp_path: Path) -> None:
+    code, out, _ = run(
+        image,
+        """
+        import importlib.util, modal
+        print(modal.__version__, [m for m in ("typer", "gpuctl", "jinja2", "pytest") if importlib.util.find_spec(m)])
+        """,
+        tmp_path,
+    )
+    assert (code, out) == (0, "1.6.4 []\n")
+
+
+def test_a_layer_does_not_change_its_parent(
+    store: ImageStore, image: BuiltImage, base: BuiltImage, tmp_path: Path
+) -> None:
+    build(
+        store,
+        ["FROM base", "RUN pip uninstall -y six", "RUN echo more >> /root/by-a-command; true"],
+        image.id,
+    )
+    code, out, _ = run(image, "import six; print(open('/root/by-a-command').read())", tmp_path)
+    assert (code, out.strip()) == (0, "made")
+    assert run(base, "import six", tmp_path)[0] == 1
+
+
+def test_a_built_image_is_found_again_and_changed_commands_make_another(
+    store: ImageStore, base: BuiltImage
+) -> None:
+    start = time.monotonic()
+    again, log = build(store, BASE)
+    assert (again, log) == (base, "")
+    assert time.monotonic() - start < 1
+    other = store.image_id(api_pb2.Image(dockerfile_commands=[*BASE, "ENV A=1"]), "2025.06")
+    assert other != base.id
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("RUN pip install no-such-package-of-ours==0.0.1", "no-such-package-of-ours"),
+        ("RUN echo about to fail && false", "ended with exit code 1"),
+    ],
+)
+def test_a_failing_command_fails_the_build_and_can_be_tried_again(
+    store: ImageStore, base: BuiltImage, command: str, said: str
+) -> None:
+    for _ in range(2):
+        with pytest.raises(ImageBuildError, match=said):
+            build(store, ["FROM base", command], base.id)
+
+
+def test_an_index_that_cannot_be_reached_is_left_out(store: ImageStore, base: BuiltImage) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/simple"
+    _, log = build(store, ["FROM base", f"RUN pip install --extra-index-url {url} six==1.17.0"], base.id)
+    assert f"going on without --extra-index-url {url}" in log
+    assert "Successfully installed six-1.17.0" in log
+
+
+def test_what_a_container_cannot_see_or_change(image: BuiltImage, tmp_path: Path) -> None:
+    secret = tmp_path / "state" / "secret"
+    secret.parent.mkdir()
+    secret.write_text("not for containers")
+    mine = Path.home() / f".gpuctl-test-{os.getpid()}"
+    mine.write_text("not for containers")
+    try:
+        _, out, _ = run(
+            image,
+            f"""
+            import os
+            print([os.path.exists(p) for p in ({str(secret)!r}, {str(mine)!r})])
+            for path in ("/usr/x", "/etc/x"):
+                try: open(path, "w")
+                except OSError as error: print(error.strerror)
+            print(os.listdir("/tmp"), os.getpid() < 10, len([p for p in os.listdir("/proc") if p.isdigit()]) < 5)
+            print(sorted(k for k in os.environ if "TOKEN" in k or "SECRET" in k))
+            """,
+            tmp_path,
+        )
+    finally:
+        mine.unlink()
+    assert out.splitlines() == [
+        "[False, False]",
+        "Read-only file system",
+        "Read-only file system",
+        "[] True True",
+        "[]",
+    ]
+
+
+def test_volumes_and_files_appear_where_the_app_wants_them(image: BuiltImage, tmp_path: Path) -> None:
+    volume, source = tmp_path / "volume", tmp_path / "app.py"
+    volume.mkdir()
+    source.write_text("VALUE = 7\n")
+    code, out, err = run(
+        image,
+        """
+        import app, os
+        print(app.VALUE, open("/opt/assets/deep/app.py").read().strip())
+        open("/opt/models/written", "w").write("kept")
+        open("/models/too", "w").write("kept")
+        try: open("/usr/share/read/only", "w")
+        except OSError as error: print(error.strerror)
+        print(os.path.isdir("/usr/share/doc"))
+        """,
+        tmp_path,
+        files=(FileBind(source, "/root/app.py"), FileBind(source, "/opt/assets/deep/app.py")),
+        volumes=(
+            VolumeBind(volume, "/opt/models", False),
+            VolumeBind(volume, "/models", False),
+            VolumeBind(volume, "/usr/share/read", True),
+        ),
+    )
+    assert (code, err) == (0, "")
+    assert out.splitlines() == ["7 VALUE = 7", "Read-only file system", "True"]
+    assert sorted(p.name for p in volume.iterdir()) == ["too", "written"]
+    assert source.read_text() == "VALUE = 7\n"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", -9), ("1/0", 1)]
+)
+def test_the_exit_code_is_the_programs(image: BuiltImage, tmp_path: Path, ending: str, code: int) -> None:
+    assert run(image, f"import os, sys\nprint('last words', end='')\nsys.stdout.flush()\n{ending}", tmp_path)[
+        :2
+    ] == (
+        code,
+        "last words\n",
+    )
+
+
+SERVER = """
+import http.server, os, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args): pass
+signal.signal(signal.SIGTERM, lambda *_: (print("exit hook", flush=True), sys.exit(0)))
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Handler)
+print("up", flush=True)
+server.serve_forever()
+"""
+
+
+async def post(container: Container, body: bytes) -> bytes:
+    connector = aiohttp.UnixConnector(path=str(container.port_socket(8000)))
+    async with aiohttp.ClientSession(connector=connector) as session:
+        for _ in range(200):
+            try:
+                async with session.post("http://container/", data=body) as answer:
+                    return await answer.read()
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.05)
+    raise AssertionError("never answered")
+
+
+def test_two_containers_listen_on_one_port_and_large_bodies_pass(image: BuiltImage, tmp_path: Path) -> None:
+    async def main() -> None:
+        lines: list[str] = []
+        runtime = ContainerRuntime(tmp_path / "state" / "run", on_log=lambda _t, _f, text: lines.append(text))
+        containers = [
+            await runtime.start(spec(image, SERVER, tmp_path, task_id=f"ta-{n}", isolated_network=True))
+            for n in range(2)
+        ]
+        body = os.urandom(1 << 20) * 8
+        for container in containers:
+            assert await post(container, b"hello") == b"hello"
+        assert await asyncio.gather(*(post(c, body) for c in containers)) == [body, body]
+        assert [await c.stop(10) for c in containers] == [0, 0]
+        assert lines.count("exit hook\n") == 2
+        await runtime.close()
+
+    asyncio.run(main())
+
+
+def test_a_program_that_ignores_the_request_to_end_is_ended_with_all_its_children(
+    image: BuiltImage, tmp_path: Path
+) -> None:
+    marker = f"sleep-{os.getpid()}"
+
+    async def main() -> None:
+        runtime = ContainerRuntime(tmp_path / "state" / "run", on_log=lambda *_: None)
+        code = f"""
+        import signal, subprocess, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", {marker!r}], start_new_session=True)
+        time.sleep(600)
+        """
+        container = await runtime.start(spec(image, code, tmp_path))
+        await wait_for(lambda: len(processes(marker)) >= 2)
+        assert await container.stop(0.5) == -9
+        await wait_for(lambda: not processes(marker))
+
+    asyncio.run(main())
+
+
+def test_a_plane_that_is_killed_leaves_no_process(image: BuiltImage, tmp_path: Path) -> None:
+    marker = f"orphan-{os.getpid()}"
+    program = f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from gpuctl.local.containers import ContainerRuntime
+from gpuctl.local.images import ImageStore
+from test_runtime import spec
+async def main():
+    image = ImageStore(Path({str(image.tree.parent.parent.parent)!r})).get({image.id!r})
+    runtime = ContainerRuntime(Path({str(tmp_path)!r}) / "state" / "run", on_log=lambda *_: None)
+    code = "import time, sys; sys.argv.append({marker!r}); time.sleep(600)"
+    await runtime.start(spec(image, code, Path({str(tmp_path)!r})))
+    print("started", flush=True)
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+    plane = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert plane.stdout is not None
+    assert plane.stdout.readline() == "started\n"
+    assert processes(marker)
+    plane.kill()
+    plane.wait()
+    asyncio.run(wait_for(lambda: not processes(marker)))
+    runtime = ContainerRuntime(tmp_path / "state" / "run", on_log=lambda *_: None)
+    runtime.sweep()
+    assert list((tmp_path / "state" / "run").iterdir()) == []
+
+
+def processes(marker: str) -> list[str]:
+    """The processes of this machine with `marker` in their command line, those of this test aside."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and marker.encode() in (entry / "cmdline").read_bytes():
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+async def wait_for(condition: object, seconds: float = 5) -> None:
+    for _ in range(int(seconds / 0.02)):
+        if condition():  # type: ignore[operator]
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come about")
+
+
+def test_an_isolated_container_reaches_out_but_not_to_this_machine(image: BuiltImage, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        _, out, _ = run(
+            image,
+            f"""
+            import socket, urllib.request, urllib.error
+            try: socket.create_connection(("127.0.0.1", {port}), 2)
+            except OSError as error: print(error.strerror)
+            proxy = urllib.request.ProxyHandler({{"http": "http://127.0.0.1:3128"}})
+            no_bypass = urllib.request.build_opener(proxy)
+            import os; os.environ["no_proxy"] = ""
+            try: no_bypass.open("http://127.0.0.1:{port}/")
+            except urllib.error.HTTPError as error: print(error.code, error.read().decode().strip())
+            """,
+            tmp_path,
+            isolated_network=True,
+        )
+    assert out.splitlines()[0] == "Connection refused"
+    assert out.splitlines()[1].startswith("403 127.0.0.1 is this machine")
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::ffff:127.0.0.1", "169.254.1.1"]
+)
+def test_this_machine_is_known_by_all_its_addresses(address: str) -> None:
+    assert _is_this_machine(address)
+
+
+def test_other_machines_are_not_this_one() -> None:
+    assert not _is_this_machine("93.184.216.34")
+
+
+def test_where_no_sandbox_works_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    sandbox.find_backend.cache_clear()
+    try:
+        with pytest.raises(sandbox.GpuctlError) as caught:
+            sandbox.find_backend()
+    finally:
+        sandbox.find_backend.cache_clear()
+    assert "neither bwrap nor unshare is installed" in caught.value.problems[0]
+    assert "install bubblewrap" in (caught.value.hint or "")
