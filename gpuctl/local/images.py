@@ -6,7 +6,7 @@ sandbox. What cannot be applied (system packages, registry base images) is said,
 
 On disk, under the cache folder:
     images/<image id>/image.json   what the image is; written last: a folder without it is an unfinished build
-    images/<image id>/tree/        venv/, files/, home/ (what commands left in /root); or none: a parent's then
+    images/<image id>/tree/        venv/, files/, home/ (what commands left in /root); or none: a parent's
     clients/<python>-<modal>/      the modal client for containers of that Python: pkg/ (first on the path), deps/ (last)
 A layer starts as a copy of its parent's tree made of hard links, so that 3 GB of packages are not copied.
 """
@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -97,8 +96,8 @@ class ImageStore:
     """Builds images and finds those that are built already, by this plane or an earlier one."""
 
     def __init__(self, cache_dir: Path) -> None:
-        self._images = cache_dir / "images"
-        self._clients = cache_dir / "clients"
+        self._images = cache_dir.absolute() / "images"
+        self._clients = cache_dir.absolute() / "clients"
         self._building: dict[str, asyncio.Task[BuiltImage]] = {}
         for folder in (self._images, self._clients):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -230,7 +229,7 @@ class ImageStore:
                 str(making / "deps"),
                 f"modal=={version}",
             ]
-            await _run([*_pip(python), *arguments], log=log)
+            await _run([*_pip(python, layer.base_python), *arguments], log=log)
             (making / "pkg").mkdir()
             for entry in list((making / "deps").iterdir()):
                 if entry.name.startswith(("modal", "synchronicity")):
@@ -344,7 +343,9 @@ class _LayerBuild:
         except ImageBuildError:
             # Debian splits ensurepip off into python3-venv: our own pip can fill an environment without one.
             await _run([executable, "-m", "venv", "--clear", "--without-pip", str(venv)], log=self._log)
-            await _run([*_pip(str(venv / "bin" / "python")), "install", "--quiet", "pip"], log=self._log)
+            await _run(
+                [*_pip(str(venv / "bin" / "python"), executable), "install", "--quiet", "pip"], log=self._log
+            )
         site = next(venv.glob("lib/python*/site-packages"))
         _relocate_scripts(venv)
         (site / "zz_modal_client.pth").write_text(f"{CLIENT_PATH}/deps\n")
@@ -536,13 +537,17 @@ def _version_of(python: str) -> str | None:
     return done.stdout.strip()
 
 
-def _pip(python: str) -> list[str]:
-    """A pip that installs into the environment of `python`: its own, ours, or uv."""
+def _pip(python: str, base_python: str) -> list[str]:
+    """A pip that installs into the environment of `python`: its own, ours, the base interpreter's, or uv."""
     site = Path(python).parent.parent
     if any(site.glob("lib/python*/site-packages/pip")):
         return [python, "-m", "pip"]
-    if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip", "--python", python]
+    for other in (sys.executable, base_python):
+        if (
+            subprocess.run([other, "-m", "pip", "--version"], capture_output=True, check=False).returncode
+            == 0
+        ):
+            return [other, "-m", "pip", "--python", python]
     if uv := shutil.which("uv"):
         return [uv, "pip", "--python", python]
     raise ImageBuildError(
