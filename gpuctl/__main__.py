@@ -52,7 +52,8 @@ def _run(argv: list[str]) -> int:
 
     group: TyperGroup = command()
     try:
-        result = group.main(args=argv, prog_name="gpuctl", standalone_mode=False)
+        # The verbs see the command line as it came: it heads the files that they render.
+        result = group.main(args=argv, prog_name="gpuctl", standalone_mode=False, obj=tuple(argv))
     except TyperException as error:
         return _report_usage(error)
     except Abort:

@@ -34,8 +34,8 @@ class Code(str):
     __slots__ = ()
 
 
-def render_serve(spec: ServeSpec, *, argv: Sequence[str], revision: str | None) -> str:
-    """The module that serves `spec`. `argv`: the command that heads it; `revision`: the exact commit, if known."""
+def render_serve(spec: ServeSpec, *, argv: Sequence[str]) -> str:
+    """The module that serves `spec`, headed by the command `argv` (without the program's name)."""
     build = spec.engine_build
     tiny = spec.model.repo is None
     local = spec.target is Target.LOCAL
@@ -45,8 +45,8 @@ def render_serve(spec: ServeSpec, *, argv: Sequence[str], revision: str | None) 
         "tiny": tiny,
         "name": spec.name,
         "model": spec.model.title,
-        "pinned": revision is not None,
-        "revision": revision or spec.model.revision or "main",
+        "pinned": spec.model.pinned,
+        "revision": spec.model.revision or "main",
         "served_names": spec.model.served_names,
         "vllm_version": spec.vllm_version,
         "gpus": [str(choice) for choice in spec.gpu.choices] if spec.gpu else [],
@@ -139,7 +139,9 @@ def _python_escape(character: str) -> str:
         return character
     named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character)
     code = ord(character)
-    return named or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
+    return named or (
+        f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    )
 
 
 def _after(value: str, before: str) -> Code:

@@ -6,7 +6,7 @@ May import: typer, `gpuctl.errors`, `gpuctl.target`.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,44 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer, warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show the commands that are run.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+
+
+def text(metavar: str, help_: str) -> Any:
+    """An option that takes one text."""
+    return typer.Option(metavar=metavar, help=help_, show_default=False)
+
+
+def number(help_: str) -> Any:
+    """An option that takes a whole number, read as text: the spec names all problems of a command at once."""
+    return text("N", help_)
+
+
+def repeatable(metavar: str, help_: str) -> Any:
+    """An option that may be given more than once."""
+    return text(metavar, f"{help_} Repeatable.")
+
+
+def complete_model(incomplete: str) -> list[tuple[str, str]]:
+    """The catalogue's aliases."""
+    from gpuctl import catalog
+
+    return [
+        (alias, model.repo or model.note or "")
+        for alias, model in catalog.models().items()
+        if alias.startswith(incomplete)
+    ]
+
+
+def complete_gpu(incomplete: str) -> list[tuple[str, str]]:
+    """The types of GPU; in a list of fallbacks, for its last entry."""
+    from gpuctl import catalog
+
+    before, comma, last = incomplete.rpartition(",")
+    return [
+        (f"{before}{comma}{gpu.name}", f"{gpu.vram_gib} GiB, at most {gpu.max_count}")
+        for gpu in catalog.gpus().values()
+        if gpu.name.startswith(last.upper())
+    ]
 
 
 def target_of(local: bool) -> Target:

@@ -22,6 +22,7 @@ _REPO = re.compile(rf"{_PART}/{_PART}")
 _LONGEST_REPO = 96
 # A branch, a tag or a commit: what git allows, less what only confuses (`git check-ref-format`).
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # "-8B", "_70b", "-0.6B-Instruct": most makers say in the name how many parameters a model has. A mixture of experts
 # names both ("-30B-A3B"): the whole comes first, and the whole is what must be downloaded.
 _BILLIONS = re.compile(
@@ -55,7 +56,9 @@ class ModelRef:
         if _REPO.fullmatch(repo) and len(repo) <= _LONGEST_REPO and "--" not in repo and ".." not in repo:
             return cls(None, repo, revision or None)
         if re.fullmatch(r"[A-Za-z0-9._-]+", repo) and ".." not in repo:
-            raise usage_error(f"MODEL: unknown alias {repo!r}{_near(repo)}; or give org/name of Hugging Face")
+            raise usage_error(
+                f"MODEL: unknown alias {repo!r}; {_near(repo)} or give org/name of Hugging Face"
+            )
         raise usage_error(
             f"MODEL: {text!r} is neither an alias nor org/name[@revision] "
             "(letters, digits, '-', '_' and '.', one slash)"
@@ -65,6 +68,11 @@ class ModelRef:
     def title(self) -> str:
         """What the model is called in messages: its repository, or `tiny`."""
         return self.repo or TINY
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is always the same model: an exact commit, or made on the spot."""
+        return self.repo is None or _COMMIT.fullmatch(self.revision or "") is not None
 
     @property
     def served_names(self) -> tuple[str, ...]:
@@ -102,4 +110,4 @@ class ModelRef:
 
 def _near(alias: str) -> str:
     near = difflib.get_close_matches(alias.lower(), list(catalog.models()), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(catalog.models())}"
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(catalog.models())};"

@@ -1,0 +1,136 @@
+"""What will be done: the rendered source, and what to say before. May import: render, catalog, specs, target.
+
+Pure: no network, and no disk but the templates and the catalogue. `--dry-run` shows the same plan that a deploy
+executes, so the preview cannot lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpuctl import catalog
+from gpuctl.render import render_serve
+from gpuctl.specs.gpu import ANY
+from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from gpuctl.specs.gpu import GpuChoice
+    from gpuctl.specs.serve import ServeSpec
+
+# What says how to show or to ask, not what to make: the same file comes of a command with and without them.
+_ONLY_TALK = {
+    "--dry-run", "--json", "--quiet", "-q", "--verbose", "-v", "--yes", "-y", "--wait", "--no-wait",
+}  # fmt: skip
+_ONLY_TALK_WITH_VALUE = {"--render"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decided deployment. `argv` is the command that heads the file; `notes` are said before anything happens."""
+
+    spec: ServeSpec
+    source: str
+    digest: str  # sha256 of the source, hexadecimal
+    notes: tuple[str, ...]
+    argv: tuple[str, ...]
+
+
+def plan_serve(spec: ServeSpec, *, argv: Sequence[str], revision: str | None = None) -> Plan:
+    """Decide. `argv`: the user's command line; `revision`: the exact commit, where it has been resolved."""
+    if revision is not None:
+        spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, revision=revision))
+    command = tuple(command_of(argv, spec.target))
+    source = render_serve(spec, argv=command)
+    return Plan(
+        spec=spec,
+        source=source,
+        digest=hashlib.sha256(source.encode()).hexdigest(),
+        notes=tuple(_notes(spec)),
+        argv=command,
+    )
+
+
+def command_of(argv: Sequence[str], target: Target) -> Iterator[str]:
+    """The command without what only says how to show it, and with the target that the environment gave."""
+    words = list(argv)
+    own = words[: words.index("--")] if "--" in words else words
+    if target is Target.LOCAL and "--local" not in own:
+        words.insert(1, "--local")
+        own = [*own[:1], "--local", *own[1:]]
+    skip = False
+    for word in own:
+        if skip:
+            skip = False
+        elif word in _ONLY_TALK_WITH_VALUE:
+            skip = True
+        elif word not in _ONLY_TALK and word.partition("=")[0] not in _ONLY_TALK_WITH_VALUE:
+            yield word
+    yield from words[len(own) :]
+
+
+def _notes(spec: ServeSpec) -> Iterator[str]:
+    model = spec.model
+    if spec.gpu is not None:
+        yield from spec.gpu.warnings
+    if model.repo is None:
+        yield f"{model.title} is a random model: a real engine and a real tokenizer, but its answers are nonsense"
+    elif not model.pinned:
+        yield (
+            f"{model.repo}@{model.revision or 'main'} is not pinned: "
+            "deploying resolves it to an exact commit and writes that into the file"
+        )
+    entry = model.entry
+    token_given = bool(spec.secrets) or "HF_TOKEN" in spec.secrets_from_env
+    if entry is not None and entry.gated and not token_given:
+        yield (
+            f"{model.repo} is gated: accept its licence at https://huggingface.co/{model.repo}, put a line HF_TOKEN=… "
+            "into a file, say hf.env, then `modal secret create huggingface --from-dotenv hf.env`, "
+            "and add --secret huggingface"
+        )
+    for package in spec.pip:
+        if "==" not in package and "@" not in package:
+            yield f"--pip {package}: not an exact version (NAME==VERSION), so another build may get another one"
+    if not spec.auth:
+        yield "--no-auth: whoever has the URL can use the endpoint"
+    if spec.target is Target.LOCAL:
+        yield from _local_notes(spec)
+    elif spec.gpu is not None:
+        yield _cost(spec, spec.gpu.choices)
+
+
+def _local_notes(spec: ServeSpec) -> Iterator[str]:
+    engine = catalog.vllm()
+    asked = f"; the GPU asked for, {spec.gpu}, is in the file, but not used" if spec.gpu else ""
+    yield (
+        f"local: the engine is {engine.cpu.package} {spec.vllm_version} on this machine's CPU{asked}. "
+        f"On Modal only this would differ: {engine.cuda.package} {spec.vllm_version} on {engine.cuda.base}, and the GPU"
+    )
+    if spec.model.repo is not None:
+        size = spec.model.download_gib
+        much = f"about {size:.0f} GiB" if size else "of unknown size"
+        yield f"local: the weights ({much}) are downloaded to this machine and run on its CPU; for a rehearsal use tiny"
+
+
+def _cost(spec: ServeSpec, choices: Sequence[GpuChoice]) -> str:
+    """The most that the GPUs can cost, by the dated list prices of the catalogue."""
+    gpus = catalog.gpus()
+    dearest = max(gpus.values(), key=lambda gpu: gpu.usd_per_second)
+    priced = [(choice, dearest if choice.type == ANY else gpus[choice.type]) for choice in choices]
+    choice, gpu = max(priced, key=lambda pair: pair[0].count * pair[1].usd_per_second)
+    each = choice.count * gpu.usd_per_second * 3600
+    most = each * spec.max_containers
+    up = f"{spec.max_containers} containers are up" if spec.max_containers > 1 else "its container is up"
+    always = (
+        f", of which {spec.min_containers} always: ${each * spec.min_containers * 24:.2f} a day"
+        if spec.min_containers
+        else "; nothing while none is"
+    )
+    return (
+        f"GPUs cost at most ${most:.2f} an hour, while {up} ({choice}){always}. List price of {gpu.price_as_of}; "
+        "CPU and memory come on top; `modal billing rates` has yours"
+    )
