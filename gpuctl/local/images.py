@@ -7,7 +7,7 @@ sandbox. What cannot be applied (system packages, registry base images) is said,
 On disk, under the cache folder:
     images/<image id>/image.json   what the image is; written last: a folder without it is an unfinished build
     images/<image id>/tree/        venv/, files/, home/ (what commands left in /root); or none: a parent's
-    clients/<python>-<modal>/      the modal client for containers of that Python: pkg/ (first on the path), deps/ (last)
+    clients/<python>-<modal>/      the modal client for containers of that Python: pkg/ (first), deps/ (last)
 A layer starts as a copy of its parent's tree made of hard links, so that 3 GB of packages are not copied.
 """
 
