@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
     from typer.core import TyperGroup
 
+    from gpuctl.modal_cli import Runner
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (default: `sys.argv[1:]`) and return its exit code."""
+
+def main(argv: Sequence[str] | None = None, *, runner: Runner | None = None) -> int:
+    """Run one command line (default: `sys.argv[1:]`) and return its exit code. Tests inject a `runner`."""
     try:
-        code = _run(sys.argv[1:] if argv is None else list(argv))
+        code = _run(sys.argv[1:] if argv is None else list(argv), runner)
     except GpuctlError as error:
         _report(error)
         code = error.exit_code
@@ -45,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], runner: Runner | None) -> int:
     from typer.exceptions import Abort, TyperException
 
     from gpuctl.cli import command
+    from gpuctl.cli.options import Invocation
 
     group: TyperGroup = command()
     try:
         # The verbs see the command line as it came: it heads the files that they render.
-        result = group.main(args=argv, prog_name="gpuctl", standalone_mode=False, obj=tuple(argv))
+        invocation = Invocation(tuple(argv), runner)
+        result = group.main(args=argv, prog_name="gpuctl", standalone_mode=False, obj=invocation)
     except TyperException as error:
         return _report_usage(error)
     except Abort:

@@ -27,10 +27,8 @@ SCHEMA = 1
 @dataclass(frozen=True)
 class ModelRecord:
     alias: str | None
-    repo: str
-    revision: (
-        str | None
-    )  # the exact commit; None only where the model has none (one that gpuctl makes itself)
+    repo: str | None  # None: the deployed file makes the model itself
+    revision: str | None  # the exact commit; None where there is no repository
     served_name: str  # what a request's `model` says
 
 

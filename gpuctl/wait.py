@@ -16,7 +16,7 @@ import re
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ BEGINS = (
 READY = re.compile(r"^\[serve\] ready")
 
 CRASH = re.compile(
-    r"^\[serve\] engine exited with code "
+    r"^\[serve\] engine (?:exited with code|not ready within|refused the first question)"
     r"|^Runner failed with "  # Modal: the container's process ended by itself
     r"|\bcontainer \S+ (?:exited|ended|died) (?:with|by|on) (?!code 0\b|status 0\b)"
 )
@@ -115,7 +115,9 @@ HINTS = (
         "out of GPU memory: a bigger GPU, more of them (--gpu TYPE:2), or a smaller --max-model-len",
     ),
     (
-        re.compile(r"exited with code -9\b|Killed|exit code 137|out of memory", re.IGNORECASE),
+        re.compile(
+            r"exited with (?:code -9|signal 9|code 137)\b|exit code 137|OOMKilled|[Oo]ut of memory: Killed"
+        ),
         "killed, most likely for want of memory: more with --memory, or a smaller model",
     ),
     (
@@ -135,11 +137,11 @@ HINTS = (
         "this vLLM does not know the model's architecture: try a newer one with --vllm-version",
     ),
     (
-        re.compile(r"chat template", re.IGNORECASE),
+        re.compile(r"has no chat template|default chat template is no longer|must provide a chat template"),
         "the model has no chat template: use its instruct variant, or pass one: -- --chat-template FILE",
     ),
     (
-        re.compile(r"error: unrecognized arguments: (?P<what>.*)|error: argument (?P<what2>.*)"),
+        re.compile(r"error: unrecognized arguments: |error: argument "),
         "vLLM refused a flag that was given after `--`",
     ),
     (
@@ -154,7 +156,7 @@ HINTS = (
         "the disk is full: more with --ephemeral-disk, or empty the Volumes",
     ),
     (
-        re.compile(r"ModuleNotFoundError: No module named '(?P<what>[^']+)'"),
+        re.compile(r"ModuleNotFoundError: No module named '"),
         "a Python package is missing in the image: add it with --pip",
     ),
 )
@@ -230,12 +232,14 @@ class Asked:
     status: int | None
     body: str = field(repr=False, default="")
     seconds: float = 0.0
+    chat: bool = True
 
     @property
     def text(self) -> str:
         """The model's words; a reasoning model may have spent the few tokens on thinking."""
         try:
-            message = json.loads(self.body)["choices"][0]["message"]
+            choice = json.loads(self.body)["choices"][0]
+            message = choice["message"] if self.chat else {"content": choice["text"]}
         except (ValueError, LookupError, TypeError):
             return ""
         return str(
@@ -255,18 +259,15 @@ class Asked:
         return " ".join(self.body.split())[:300]
 
 
-def ask(endpoint: Endpoint, *, timeout: float = 120.0) -> Asked:
-    """One chat request through the endpoint's public URL."""
+def ask(endpoint: Endpoint, *, chat: bool = True, timeout: float = 120.0) -> Asked:
+    """One request through the endpoint's public URL: a chat, or a completion for a model that cannot chat."""
     import urllib.error
     import urllib.request
 
-    question: dict[str, Any] = {
-        "model": endpoint.model,
-        "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": 24,
-    }
+    question: dict[str, Any] = {"model": endpoint.model, "max_tokens": 24}
+    question |= {"messages": [{"role": "user", "content": QUESTION}]} if chat else {"prompt": QUESTION}
     request = urllib.request.Request(  # noqa: S310 (the URL is the deployment's own)
-        f"{endpoint.base_url}/chat/completions",
+        f"{endpoint.base_url}/{'chat/completions' if chat else 'completions'}",
         data=json.dumps(question).encode(),
         headers={"Content-Type": "application/json", "User-Agent": "gpuctl"},
     )
@@ -299,6 +300,9 @@ class _Prober(threading.Thread):
     def run(self) -> None:
         while not self._stopped:
             asked = ask(self._endpoint)
+            if asked.status == 400 and "chat template" in asked.body:
+                # A base model: it completes texts, and that is all that can be waited for.
+                asked = replace(ask(self._endpoint, chat=False), chat=False)
             self._reports.put(asked)
             self.wake.wait(self._pause(asked))
             self.wake.clear()
@@ -428,6 +432,10 @@ class _Watch:
                 return None  # the old container answers while the new one starts
             if self._crashed_at is not None:
                 return None
+            if not asked.chat:
+                self._console.warn(
+                    "the model has no chat template: it answers at /v1/completions, but cannot chat"
+                )
             self._stage = "first_answer"
             self._end_stage()
             return Ready(asked.text, self._seconds)

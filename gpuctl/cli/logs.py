@@ -13,16 +13,14 @@ from gpuctl.errors import usage_error
 
 def logs(
     ctx: typer.Context,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The deployment.", autocompletion=deployment_names)
-    ],
+    name: Annotated[str, typer.Argument(help="The deployment.", autocompletion=deployment_names)],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come.")] = False,
     since: Annotated[
         str | None, typer.Option("--since", metavar="TIME", help="From then on: 2h, 30m, or an ISO time.")
     ] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="TIME", help="Up to then.")] = None,
     tail: Annotated[
-        int | None, typer.Option("--tail", "-n", min=1, metavar="N", help="Only the last N lines.")
+        str | None, typer.Option("--tail", "-n", metavar="N", help="Only the last N lines.")
     ] = None,
     search: Annotated[
         str | None, typer.Option("--search", metavar="TEXT", help="Only lines that contain it.")
@@ -44,6 +42,8 @@ def logs(
 
     if follow and (since or until or tail is not None):
         raise usage_error("--follow: shows what comes, so not together with --since, --until or --tail")
+    if tail is not None and not (tail.isdecimal() and int(tail) > 0):
+        raise usage_error(f"--tail: {tail!r} is not a number of lines, such as 100")
     if source is not None and source not in ("stdout", "stderr", "system"):
         raise usage_error(f"--source: unknown source {source!r}; use stdout, stderr or system")
     target = target_of(local)
@@ -53,7 +53,7 @@ def logs(
         follow=follow,
         since=since,
         until=until,
-        tail=tail,
+        tail=None if tail is None else int(tail),
         search=search,
         source=source,
         timestamps=timestamps,

@@ -6,6 +6,7 @@ May import: typer, `gpuctl.errors`, `gpuctl.target`.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,9 +80,24 @@ def target_of(local: bool) -> Target:
         raise usage_error(f"GPUCTL_TARGET: unknown target {wanted!r}; use 'modal' or 'local'") from None
 
 
+@dataclass(frozen=True)
+class Invocation:
+    """What a command line runs with: the words as they came, and what starts processes (None: the real thing)."""
+
+    argv: tuple[str, ...] = ()
+    runner: Runner | None = None
+
+
+def argv_of(context: typer.Context) -> tuple[str, ...]:
+    """The words of this command line, without `gpuctl` itself."""
+    invocation = context.find_root().obj
+    return invocation.argv if isinstance(invocation, Invocation) else ()
+
+
 def runner_of(context: typer.Context) -> Runner:
-    """What starts processes: the real thing, or what a test put into the context (`obj=`)."""
+    """What starts processes: the real thing, or what a test put into the context."""
     from gpuctl.modal_cli import ProcessRunner
 
-    runner: Runner | None = context.obj
-    return ProcessRunner() if runner is None else runner
+    invocation = context.find_root().obj
+    given = invocation.runner if isinstance(invocation, Invocation) else None
+    return ProcessRunner() if given is None else given

@@ -19,18 +19,16 @@ from gpuctl.cli.options import (
     Quiet,
     Verbose,
     Yes,
+    argv_of,
     complete_gpu,
     complete_model,
     number,
     repeatable,
+    runner_of,
     target_of,
     text,
 )
 from gpuctl.errors import usage_error
-
-_ENDPOINT, _SCALING, _MACHINE, _ENGINE, _DEPLOY = (
-    "The endpoint", "Scaling", "The container", "The engine and its image", "Deploying",
-)  # fmt: skip
 
 
 def serve(
@@ -47,7 +45,7 @@ def serve(
     engine_args: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[-- VLLM_ARGS...]",
+            metavar="-- VLLM_ARGS",
             show_default=False,
             help="Whatever follows -- goes to vLLM untouched.",
         ),
@@ -202,8 +200,7 @@ def serve(
         engine_args=engine_args or (),
         target=target_of(local),
     )
-    # The command line as it came; `main` hands it over, since a test's is not the process's own.
-    argv = ctx.find_root().obj or tuple(sys.argv[1:])
+    argv = argv_of(ctx)
     console = Console(quiet=quiet, verbose=verbose, json=json)
 
     if dry_run or render:
@@ -222,13 +219,12 @@ def serve(
 
     from gpuctl.deploy import execute
     from gpuctl.hub import resolve_revision
-    from gpuctl.modal_cli import ProcessRunner
 
     repo = spec.model.repo
     revision = None if repo is None else resolve_revision(repo, spec.model.revision)
     execute(
         plan_serve(spec, argv=argv, revision=revision),
-        runner=ProcessRunner(),
+        runner=runner_of(ctx),
         console=console,
         wait=wait,
         yes=yes,

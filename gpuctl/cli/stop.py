@@ -12,9 +12,7 @@ from gpuctl.cli.options import Environment, Json, Local, Quiet, Verbose, Yes, ru
 
 def stop(
     ctx: typer.Context,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The deployment.", autocompletion=deployment_names)
-    ],
+    name: Annotated[str, typer.Argument(help="The deployment.", autocompletion=deployment_names)],
     yes: Yes = False,
     local: Local = False,
     env: Environment = None,

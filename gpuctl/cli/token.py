@@ -14,7 +14,7 @@ from gpuctl.cli.options import Environment, Local, Verbose, Yes, runner_of, targ
 def token(
     ctx: typer.Context,
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The deployment.", autocompletion=deployment_names)
+        str | None, typer.Argument(help="The deployment.", autocompletion=deployment_names)
     ] = None,
     new: Annotated[bool, typer.Option("--new", help="Make another, and forget the one kept here.")] = False,
     yes: Yes = False,

@@ -1,0 +1,121 @@
+"""Argv as data, and the real process runner on harmless processes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from gpuctl import modal_cli
+from gpuctl.errors import GpuctlError
+from gpuctl.modal_cli import MODAL, ModalEnv, ProcessRunner
+from gpuctl.target import Target
+
+PYTHON = sys.executable
+ENV = ModalEnv(Target.LOCAL, dict(os.environ))
+
+
+def words(argv: list[str]) -> list[str]:
+    assert tuple(argv[: len(MODAL)]) == MODAL
+    return argv[len(MODAL) :]
+
+
+def test_argv() -> None:
+    file = Path("/x/endpoint.py")
+    assert words(modal_cli.deploy_argv(file)) == ["deploy", "/x/endpoint.py"]
+    assert words(modal_cli.deploy_argv(file, environment="dev", tag="v1", strategy="recreate")) == [
+        *("deploy", "/x/endpoint.py", "--tag", "v1", "--strategy", "recreate", "--env", "dev")
+    ]
+    assert words(modal_cli.app_list_argv()) == ["app", "list", "--json"]
+    assert words(modal_cli.app_stop_argv("ap-1", environment="dev")) == [
+        *("app", "stop", "ap-1", "--yes", "--env", "dev")
+    ]
+    assert words(modal_cli.server_info_argv("a", "Server")) == ["server", "info", "a/Server", "--json"]
+    assert words(modal_cli.app_logs_argv("ap-1", follow=True, search="x")) == [
+        *("app", "logs", "ap-1", "--follow", "--search", "x")
+    ]
+    assert words(modal_cli.app_logs_argv("ap-1", since="2h", tail=3, timestamps=True)) == [
+        *("app", "logs", "ap-1", "--since", "2h", "--tail", "3", "--timestamps")
+    ]
+    assert words(modal_cli.proxy_token_create_argv("gpuctl")) == [
+        *("workspace", "proxy-tokens", "create", "--name", "gpuctl", "--json")
+    ]
+
+
+def test_shown_reads_as_one_would_type_it() -> None:
+    assert (
+        modal_cli.shown(modal_cli.app_logs_argv("ap-1", search="a b")) == "modal app logs ap-1 --search 'a b'"
+    )
+
+
+def test_the_local_environment_keeps_the_users_account_out() -> None:
+    user = {"PATH": "/bin", "MODAL_TOKEN_ID": "ak-mine", "MODAL_PROFILE": "work", "MODAL_ENVIRONMENT": "prod"}
+    env = ModalEnv.local({"MODAL_TOKEN_ID": "ak-plane"}, user)
+    assert dict(env.variables) == {"PATH": "/bin", "MODAL_TOKEN_ID": "ak-plane"}
+    assert "ak-plane" not in repr(env)
+
+
+def test_an_untested_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.7.0")
+    with pytest.raises(GpuctlError, match=r"modal 1\.7\.0 was not tested") as refused:
+        modal_cli.check_version({})
+    assert refused.value.exit_code == 2
+    assert f"modal=={modal_cli.TESTED_VERSION}" in str(refused.value)
+    assert modal_cli.check_version({modal_cli.ANY_VERSION: "1"}) == "1.7.0"
+
+
+def test_run_keeps_output_apart() -> None:
+    done = ProcessRunner().run(
+        [PYTHON, "-c", "import sys; print('o'); print('e', file=sys.stderr); exit(3)"], ENV
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "o\n", "e\n")
+
+
+def test_stream_hands_lines_on_as_they_come() -> None:
+    program = (
+        "import sys, time; print('one'); time.sleep(0.5); print('two'); print('e', file=sys.stderr); exit(4)"
+    )
+    seen: list[tuple[str, float]] = []
+    errors: list[str] = []
+    code = ProcessRunner().stream(
+        [PYTHON, "-c", program],
+        ENV,
+        on_output=lambda line: seen.append((line, time.monotonic())),
+        on_error=errors.append,
+    )
+    assert code == 4
+    assert [line for line, _ in seen] == ["one", "two"]
+    assert seen[1][1] - seen[0][1] > 0.3
+    assert errors == ["e"]
+
+
+def test_follow_goes_on_until_cancelled() -> None:
+    came = threading.Event()
+    pids: list[int] = []
+
+    def line(text: str) -> None:
+        pids.append(int(text))
+        came.set()
+
+    follower = ProcessRunner().follow(
+        [PYTHON, "-c", "import os, time; print(os.getpid()); time.sleep(60)"], ENV, line
+    )
+    assert came.wait(10)
+    assert follower.returncode() is None
+    follower.cancel()
+    assert follower.returncode() == -signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+    follower.cancel()  # harmless
+
+
+def test_hand_over_gives_the_exit_code() -> None:
+    assert ProcessRunner().hand_over([PYTHON, "-c", "exit(5)"], ENV) == 5
+    with pytest.raises(KeyboardInterrupt):
+        ProcessRunner().hand_over([PYTHON, "-c", "import os; os.kill(os.getpid(), 2)"], ENV)
