@@ -69,10 +69,12 @@ def installed(what: list[str], folder: Path) -> Path:
     return environment / "bin" / "python"
 
 
-def rendering(python: Path, folder: Path) -> str:
+def rendering(python: Path, folder: Path, *, package_in: Path) -> str:
     """What the installed gpuctl renders, the console script and `python -m gpuctl` alike."""
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
+    package = Path(run([str(python), "-c", "import gpuctl; print(gpuctl.__file__)"], elsewhere).strip())
+    assert package.is_relative_to(package_in)
     by_module = run([str(python), "-m", "gpuctl", *DRY_RUN], elsewhere)
     by_script = run([str(python.with_name("gpuctl")), *DRY_RUN], elsewhere)
     assert by_module == by_script
@@ -88,29 +90,27 @@ def expected(source: Path) -> str:
 
 def test_from_a_wheel(wheel: Path, expected: str, tmp_path: Path) -> None:
     python = installed([str(wheel)], tmp_path)
-    assert rendering(python, tmp_path) == expected
+    assert rendering(python, tmp_path, package_in=tmp_path) == expected
 
 
 def test_from_an_sdist(sdist: Path, expected: str, tmp_path: Path) -> None:
     python = installed([str(sdist)], tmp_path)
-    assert rendering(python, tmp_path) == expected
+    assert rendering(python, tmp_path, package_in=tmp_path) == expected
 
 
 def test_from_an_editable_install(source: Path, expected: str, tmp_path: Path) -> None:
     python = installed(["--editable", str(source)], tmp_path)
-    assert rendering(python, tmp_path) == expected
+    assert rendering(python, tmp_path, package_in=source) == expected
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
 
 
 def test_every_data_file_is_in_the_wheel(source: Path, wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    package = {
-        path.relative_to(source).as_posix() for path in (source / "gpuctl").rglob("*") if path.is_file()
-    }
-    templates = {
-        f"gpuctl/{path.relative_to(source).as_posix()}"
-        for path in (source / "templates").rglob("*")
-        if path.is_file()
-    }
+    package = {path.relative_to(source).as_posix() for path in files(source / "gpuctl")}
+    templates = {"gpuctl/" + path.relative_to(source).as_posix() for path in files(source / "templates")}
     assert package | templates <= names
 
 
