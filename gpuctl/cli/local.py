@@ -1,0 +1,148 @@
+"""`gpuctl local up|down|status|logs|env|exec`: the control plane of this machine. May import: typer, errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+local_app = app = typer.Typer(
+    help="The control plane of this machine: Modal's API, for the modal client, without an account.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but problems.")]
+
+
+def _folders() -> tuple[Path, Path]:
+    from gpuctl.paths import cache_dir, state_dir
+
+    return state_dir() / "local", cache_dir() / "local"
+
+
+@local_app.command()
+def up(
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The port on 127.0.0.1; by default last time's, or a free one.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Start it; it goes on in the background until `gpuctl local down`."""
+    from gpuctl.local import client
+
+    plane = client.up(*_folders(), port=port)
+    if json:
+        _print_json({"up": True, "pid": plane.pid, "url": plane.url, "state_dir": str(plane.state_dir)})
+    elif not quiet:
+        typer.echo(f"The local control plane is up: {plane.url} (pid {plane.pid}).", err=True)
+        typer.echo('For the modal client in this shell: eval "$(gpuctl local env)"', err=True)
+
+
+@local_app.command()
+def down(quiet: Quiet = False) -> None:
+    """Stop it and every container; apps, volumes, secrets and logs stay for the next `up`."""
+    from gpuctl.local import client
+
+    state_dir, _ = _folders()
+    was_up = client.running(state_dir) is not None
+    client.down(state_dir)
+    if not quiet:
+        typer.echo("The local control plane is down." if was_up else "The local control plane was not up.", err=True)
+
+
+@local_app.command()
+def status(json: Json = False) -> None:
+    """Say whether it is up, and where; exit code 1 when it is not."""
+    from gpuctl.local import client
+
+    state_dir, cache_dir = _folders()
+    plane = client.running(state_dir)
+    if json:
+        document = {"up": plane is not None, "state_dir": str(state_dir), "cache_dir": str(cache_dir)}
+        _print_json(document | ({"pid": plane.pid, "url": plane.url} if plane else {"pid": None, "url": None}))
+    elif plane:
+        typer.echo(f"up: {plane.url} (pid {plane.pid}), state in {state_dir}")
+    else:
+        typer.echo(f"down; state in {state_dir}")
+    if plane is None:
+        raise typer.Exit(1)
+
+
+@local_app.command()
+def logs(
+    tail: Annotated[int, typer.Option("--tail", "-n", min=0, help="How many lines.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+) -> None:
+    """Show the control plane's own log (an app's: `gpuctl logs NAME`)."""
+    import time
+    from collections import deque
+
+    from gpuctl.errors import GpuctlError
+    from gpuctl.local.client import LOG_FILE
+
+    path = _folders()[0] / LOG_FILE
+    if not path.exists():
+        raise GpuctlError("the local control plane was never up", hint="start it: gpuctl local up")
+    with path.open(errors="replace") as file:
+        for line in deque(file, maxlen=tail):
+            typer.echo(line, nl=False)
+        while follow:
+            line = file.readline()
+            if line:
+                typer.echo(line, nl=False)
+            else:
+                time.sleep(0.2)
+
+
+@local_app.command()
+def env() -> None:
+    """Print shell commands that point the modal client here: eval "$(gpuctl local env)"."""
+    import shlex
+
+    for name, value in _plane_env().items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+@local_app.command(
+    "exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def exec_(
+    command: Annotated[list[str], typer.Argument(help="The command, after --: gpuctl local exec -- modal run app.py")],
+) -> None:
+    """Run a command with the modal client pointed here; the plane is started where needed."""
+    import os
+
+    from gpuctl.errors import usage_error
+    from gpuctl.local import client
+
+    plane = client.ensure_up(*_folders())
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MODAL_")}
+    try:
+        os.execvpe(command[0], command, own | plane.client_env())  # noqa: S606
+    except OSError as error:
+        raise usage_error(f"{command[0]}: {error.strerror}") from error
+
+
+def _plane_env() -> dict[str, str]:
+    from gpuctl.errors import GpuctlError
+    from gpuctl.local import client
+
+    plane = client.running(_folders()[0])
+    if plane is None:
+        raise GpuctlError("the local control plane is not up", hint="start it: gpuctl local up")
+    return plane.client_env()
+
+
+def _print_json(document: dict[str, object]) -> None:
+    import json
+
+    typer.echo(json.dumps(document))

@@ -1,0 +1,170 @@
+"""Large data by HTTP, on a loopback port beside the gRPC one: blobs, and blocks of Volume files. Imports aiohttp.
+
+As in the cloud, a URL is the permission: each carries a signature that only this plane can make.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+import urllib.parse
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from modal_proto import api_pb2
+
+from gpuctl.local.ids import content_id, is_id
+from gpuctl.local.wire import Call, invalid, not_found, rpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_CHUNK = 1 << 20
+
+
+class Blobs:
+    """Content-addressed files under `folder`, and the signed URLs that lead to them.
+
+    `folder/files/<sha256>` holds mounted files and Volume blocks, `folder/blobs/<id>` what BlobCreate announced.
+    """
+
+    def __init__(self, folder: Path, key: bytes) -> None:
+        self._files = folder / "files"
+        self._blobs = folder / "blobs"
+        self._key = key
+        self._runner: web.ServerRunner | None = None
+        self._base = ""
+        self._readers: dict[str, Callable[[str, int], bytes]] = {}
+        for directory in (self._files, self._blobs):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def start(self) -> None:
+        """Listen on a free loopback port."""
+        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self._base = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # ---- files by their SHA-256
+
+    def file(self, sha256_hex: str) -> Path | None:
+        """The file with this content, if it is here."""
+        path = self._files / _checked_hash(sha256_hex)
+        return path if path.exists() else None
+
+    def executable(self, sha256_hex: str) -> Path | None:
+        """The same with the executable bit set, as its own file: modes belong to files, not to names."""
+        plain = self.file(sha256_hex)
+        if plain is None:
+            return None
+        path = plain.with_name(plain.name + ".x")
+        if not path.exists():
+            self._write(path, plain.read_bytes(), 0o755)
+        return path
+
+    def put(self, sha256_hex: str, data: bytes) -> None:
+        """Keep a file whose hash the client named; the hash is checked."""
+        if hashlib.sha256(data).hexdigest() != _checked_hash(sha256_hex):
+            raise invalid("The data does not have the SHA-256 that was given for it.")
+        self._write(self._files / sha256_hex, data, 0o644)
+
+    def drop(self, sha256_hex: str) -> None:
+        """Forget a file (the block of an upload that is done)."""
+        (self._files / _checked_hash(sha256_hex)).unlink(missing_ok=True)
+
+    def blob(self, blob_id: str) -> bytes:
+        """Raises NOT_FOUND for one that was never uploaded."""
+        path = self._blobs / blob_id
+        if not is_id(blob_id, "bl") or not path.exists():
+            raise not_found(f"Blob '{blob_id}' not found.")
+        return path.read_bytes()
+
+    def _write(self, path: Path, data: bytes, mode: int) -> None:
+        part = path.with_name(f".{secrets.token_hex(8)}")
+        part.write_bytes(data)
+        part.chmod(mode)
+        part.replace(path)
+
+    # ---- RPCs
+
+    @rpc("BlobCreate", differs="always one PUT, never parts")
+    async def create(self, request: Any, _call: Call) -> Any:
+        try:
+            digest = base64.b64decode(request.content_sha256_base64, validate=True)
+        except binascii.Error as error:
+            raise invalid("content_sha256_base64 is not base64") from error
+        blob_id = content_id("bl", digest)
+        urls = api_pb2.UploadUrlList(items=[self.url(f"/blob/{blob_id}")])
+        return api_pb2.BlobCreateResponse(blob_id=blob_id, blob_ids=[blob_id], upload_urls=urls)
+
+    @rpc("BlobGet")
+    async def get(self, request: Any, _call: Call) -> Any:
+        if not is_id(request.blob_id, "bl") or not (self._blobs / request.blob_id).exists():
+            raise not_found(f"Blob '{request.blob_id}' not found.")
+        return api_pb2.BlobGetResponse(download_url=self.url(f"/blob/{request.blob_id}"))
+
+    # ---- HTTP
+
+    def url(self, path: str) -> str:
+        """A URL for `path` that this plane will honour."""
+        return f"{self._base}{urllib.parse.quote(path)}?signature={self._sign(path)}"
+
+    def serve(self, kind: str, read: Callable[[str, int], bytes]) -> None:
+        """GET /KIND/NAME/BLOCK is answered by `read(name, block)`."""
+        self._readers[kind] = read
+
+    def _sign(self, path: str) -> str:
+        return hmac.new(self._key, path.encode(), hashlib.sha256).hexdigest()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if not hmac.compare_digest(request.query.get("signature", ""), self._sign(request.path)):
+            return web.Response(status=403, text="the signature does not fit\n")
+        kind, _, rest = request.path.lstrip("/").partition("/")
+        if request.method == "PUT" and kind == "blob":
+            return await self._receive(request, self._blobs / rest)
+        if request.method == "PUT" and kind == "block":
+            return await self._receive(request, None)
+        if request.method == "GET" and kind == "blob" and (self._blobs / rest).exists():
+            return web.FileResponse(self._blobs / rest)
+        if request.method == "GET" and kind in self._readers:
+            name, _, block = rest.rpartition("/")
+            try:
+                return web.Response(body=self._readers[kind](name, int(block)))
+            except OSError as error:
+                return web.Response(status=404, text=f"{error}\n")
+        return web.Response(status=404)
+
+    async def _receive(self, request: web.BaseRequest, path: Path | None) -> web.Response:
+        """Take a body in; without a path its own hash names it. Answers as S3 does: the MD5 as ETag.
+
+        The client sends the answer to a block back in VolumePutFiles2, so that answer is the block's SHA-256.
+        """
+        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+        part = self._files / f".{secrets.token_hex(8)}"
+        try:
+            with part.open("wb") as file:
+                async for data in request.content.iter_chunked(_CHUNK):
+                    file.write(data)
+                    md5.update(data)
+                    sha256.update(data)
+            part.replace(path or self._files / sha256.hexdigest())
+        except OSError as error:
+            return web.Response(status=507, text=f"could not be kept: {error}\n")
+        finally:
+            part.unlink(missing_ok=True)
+        return web.Response(body=sha256.hexdigest().encode(), headers={"ETag": f'"{md5.hexdigest()}"'})
+
+
+def _checked_hash(sha256_hex: str) -> str:
+    """A hash becomes a file name: nothing but 64 hexadecimal digits gets through."""
+    if len(sha256_hex) != 64 or not set(sha256_hex) <= set("0123456789abcdef"):
+        raise invalid(f"'{sha256_hex}' is not a SHA-256 in hexadecimal.")
+    return sha256_hex

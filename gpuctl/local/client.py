@@ -1,0 +1,158 @@
+"""The plane from outside: find it, start it, stop it. Imports the standard library and gpuctl.errors, to be instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError
+
+STATE_FILE = "plane.json"
+LOG_FILE = "plane.log"
+_START_SECONDS = 30.0
+_STOP_SECONDS = 60.0
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A control plane that is up. Its credentials are in `token_id` and `token_secret`; keep them out of logs."""
+
+    pid: int
+    url: str
+    state_dir: Path
+    token_id: str
+    token_secret: str
+
+    def client_env(self) -> dict[str, str]:
+        """What points the `modal` client at this plane, and at nothing else of the user's."""
+        return {
+            "MODAL_SERVER_URL": self.url,
+            "MODAL_TOKEN_ID": self.token_id,
+            "MODAL_TOKEN_SECRET": self.token_secret,
+            # A file that is not there: the user's own profiles must not leak in.
+            "MODAL_CONFIG_PATH": str(self.state_dir / "no-modal-config.toml"),
+        }
+
+
+class AlreadyUpError(GpuctlError):
+    """Somebody else's plane holds the state directory."""
+
+
+def running(state_dir: Path) -> Plane | None:
+    """The plane of this state directory, if it is up."""
+    try:
+        state: dict[str, Any] = json.loads((state_dir / STATE_FILE).read_text())
+        pid, started = int(state["pid"]), str(state["started"])
+        plane = Plane(pid, str(state["url"]), state_dir, str(state["token_id"]), str(state["token_secret"]))
+    except (OSError, ValueError, KeyError):
+        return None
+    return plane if started == process_start(pid) else None
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, which tells one user of a pid from the next; None when it is gone."""
+    try:
+        # The name of the program, in parentheses, may hold spaces and parentheses itself.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def up(state_dir: Path, cache_dir: Path, *, port: int | None = None) -> Plane:
+    """Start the plane as a daemon; returns when it answers. Raises GpuctlError: exit code 2 when one is up already."""
+    already = running(state_dir)
+    if already is not None:
+        raise AlreadyUpError(
+            f"the local control plane is already up (pid {already.pid})", exit_code=EXIT_USAGE
+        )
+    reader, writer = os.pipe()
+    try:
+        command = [sys.executable, "-P", "-m", "gpuctl.local.daemon", "--detach", "--ready-fd", str(writer)]
+        command += ["--state-dir", str(state_dir.absolute()), "--cache-dir", str(cache_dir.absolute())]
+        command += ["--port", str(port)] if port is not None else []
+        launcher = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[writer],
+            start_new_session=True,
+        )
+        os.close(writer)
+        writer = -1
+        launcher.wait()
+        answer = _read_answer(reader)
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+    if answer is None:
+        raise GpuctlError("the local control plane did not start", hint=f"its log: {state_dir / LOG_FILE}")
+    if problems := answer.get("problems"):
+        kind = AlreadyUpError if answer.get("already_up") else GpuctlError
+        raise kind(problems, hint=answer.get("hint"), exit_code=int(answer.get("exit_code", EXIT_FAILURE)))
+    plane = running(state_dir)
+    if plane is None:
+        raise GpuctlError("the local control plane ended at once", hint=f"its log: {state_dir / LOG_FILE}")
+    return plane
+
+
+def ensure_up(state_dir: Path, cache_dir: Path) -> Plane:
+    """The plane that is up, or a new one. Several at once get the same one."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        plane = running(state_dir)
+        if plane is not None:
+            return plane
+        try:
+            return up(state_dir, cache_dir)
+        except AlreadyUpError:
+            # Another start, or a stop, is under way: the next look tells.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS)
+
+
+def down(state_dir: Path) -> None:
+    """Stop the plane and its containers; nothing of its state goes. Does nothing when it is not up."""
+    plane = running(state_dir)
+    if plane is None:
+        return
+    started = process_start(plane.pid)
+    if started is None:
+        return
+    os.kill(plane.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while process_start(plane.pid) == started:
+        if time.monotonic() > deadline:
+            raise GpuctlError(
+                f"the local control plane (pid {plane.pid}) has not ended after {_STOP_SECONDS:.0f} s",
+                hint=f"its log: {state_dir / LOG_FILE}",
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _read_answer(reader: int) -> dict[str, Any] | None:
+    """The daemon's word on how its start went: one JSON document, then the pipe closes."""
+    data = b""
+    deadline = time.monotonic() + _START_SECONDS
+    while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        piece = os.read(reader, 65536)
+        if not piece:
+            break
+        data += piece
+    try:
+        answer: dict[str, Any] = json.loads(data)
+    except ValueError:
+        return None
+    return answer

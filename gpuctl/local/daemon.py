@@ -1,0 +1,356 @@
+"""The plane's process, `python -m gpuctl.local.daemon`: takes the state directory, wires the nouns, serves.
+
+Imports everything in this package, but only once the state directory is its own: what may fail early, fails fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import hmac
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
+from gpuctl.local.client import LOG_FILE, STATE_FILE, process_start
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gpuctl.local.wire import Endpoint
+
+log = logging.getLogger("gpuctl.local")
+
+_LOG_BYTES = 10 << 20  # a larger log is put aside at start
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the plane; with --detach as a daemon, with --ready-fd telling a parent how the start went."""
+    parser = argparse.ArgumentParser(prog="python -m gpuctl.local.daemon")
+    parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--cache-dir", type=Path, required=True)
+    parser.add_argument("--port", type=int, default=None)
+    parser.add_argument("--ready-fd", type=int, default=None)
+    parser.add_argument("--detach", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.detach:
+        _detach()
+    ready = os.fdopen(options.ready_fd, "w") if options.ready_fd is not None else None
+    try:
+        with _own(options.state_dir, log_to_file=options.detach):
+            return asyncio.run(_serve(options.state_dir, options.cache_dir, options.port, ready))
+    except GpuctlError as error:
+        answer = {
+            "problems": error.problems,
+            "hint": error.hint,
+            "exit_code": error.exit_code,
+            "already_up": isinstance(error, _TakenError),
+        }
+        if ready is not None and not ready.closed:
+            ready.write(json.dumps(answer))
+            ready.close()
+        else:
+            print(*error.problems, sep="\n", file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        log.exception("the plane failed")
+        return EXIT_FAILURE
+
+
+class _TakenError(GpuctlError):
+    """Another plane has the state directory."""
+
+
+def _detach() -> None:
+    """Become a daemon: no terminal, no session of the caller's, a child of init."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _own(state_dir: Path, *, log_to_file: bool) -> Any:
+    """Hold the state directory; the kernel gives it back whatever way this process ends."""
+    os.umask(0o077)
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state_dir.chmod(0o700)
+        lock = (state_dir / "lock").open("a+")
+    except OSError as error:
+        raise GpuctlError(f"the state directory {state_dir} cannot be used: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            pid = lock.read().strip() or "another process"
+            raise _TakenError(
+                f"the local control plane is already up (pid {pid})", exit_code=EXIT_USAGE
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        os.set_inheritable(lock.fileno(), False)
+        if log_to_file:
+            _redirect_output(state_dir / LOG_FILE)
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        # These speak of every connection and every cancelled stream.
+        for noisy in ("asyncio", "hpack", "grpclib", "aiohttp"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        yield
+
+
+def _redirect_output(path: Path) -> None:
+    if path.exists() and path.stat().st_size > _LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+
+
+async def _serve(state_dir: Path, cache_dir: Path, port: int | None, ready: Any) -> int:
+    began = time.monotonic()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # The port first: nothing else takes long, and nothing may be half done when it is taken.
+    plane = ControlPlane(state_dir, cache_dir)
+    try:
+        await plane.start(port)
+        _write_private(state_dir / STATE_FILE, json.dumps(plane.description()))
+        log.info("up in %.2f s: %s, pid %d", time.monotonic() - began, plane.url, os.getpid())
+        if ready is not None:
+            ready.write("{}")
+            ready.close()
+        await stop.wait()
+        log.info("stopping")
+    finally:
+        await plane.stop()
+        (state_dir / STATE_FILE).unlink(missing_ok=True)
+    log.info("down")
+    return 0
+
+
+def _write_private(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    part.replace(path)
+
+
+class ControlPlane:
+    """All nouns of one plane, wired together."""
+
+    def __init__(self, state_dir: Path, cache_dir: Path) -> None:
+        from gpuctl.local.apps import Apps
+        from gpuctl.local.blobs import Blobs
+        from gpuctl.local.environments import Environments
+        from gpuctl.local.functions import Functions
+        from gpuctl.local.ids import new_id
+        from gpuctl.local.image_rpcs import Images
+        from gpuctl.local.images import ImageStore
+        from gpuctl.local.logs import Logs
+        from gpuctl.local.mounts import Mounts
+        from gpuctl.local.proxy_tokens import ProxyTokens
+        from gpuctl.local.secrets import Secrets
+        from gpuctl.local.servers import Servers
+        from gpuctl.local.store import Store
+        from gpuctl.local.tasks import Tasks
+        from gpuctl.local.volumes import Volumes
+
+        self._state_dir = state_dir
+        self._store = store = Store(state_dir / "plane.db")
+        self._token_id = self._remembered("token_id", lambda: new_id("ak"))
+        self._token_secret = self._remembered("token_secret", lambda: new_id("as"))
+        key = bytes.fromhex(self._remembered("key", lambda: secrets.token_hex(32)))
+
+        self._environments = Environments(store)
+        self._logs = Logs(store)
+        self._blobs = Blobs(state_dir / "blobs", key)
+        self._mounts = Mounts(store, self._blobs)
+        self._volumes = Volumes(store, self._environments, self._blobs, state_dir / "volumes")
+        self._secrets = Secrets(store, self._environments, state_dir / "secrets", key)
+        self._proxy_tokens = ProxyTokens(store, self._environments)
+        self._images = Images(ImageStore(cache_dir), self._mounts, self._secrets)
+        self._servers = Servers(store, self._environments, self._logs, self._proxy_tokens)
+        self._functions = Functions(
+            store, self._environments, open_url=self._servers.open, url_of=self._servers.url_of
+        )
+        self._tasks = Tasks(
+            store,
+            self._environments,
+            self._functions,
+            self._images,
+            self._mounts,
+            self._volumes,
+            self._secrets,
+            self._logs,
+        )
+        self._servers.attach(self._functions, self._tasks)
+        self._apps = Apps(
+            store,
+            self._environments,
+            self._functions,
+            self._images,
+            self._mounts,
+            self._volumes,
+            self._servers,
+            self._tasks,
+            self._logs,
+        )
+        self._runtime: Any = None
+        self._listeners: list[Any] = []
+        self._socket_dir: Path | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self.url = ""
+
+    def _remembered(self, name: str, make: Any) -> str:
+        value = self._store.meta(name)
+        if value is None:
+            value = str(make())
+            self._store.set_meta(name, value)
+        return value
+
+    def description(self) -> dict[str, Any]:
+        """What `client` reads: how to find this process and to be let in."""
+        return {
+            "pid": os.getpid(),
+            "started": process_start(os.getpid()),
+            "url": self.url,
+            "port": int(self.url.rpartition(":")[2]),
+            "token_id": self._token_id,
+            "token_secret": self._token_secret,
+        }
+
+    def endpoints(self) -> Mapping[str, Endpoint]:
+        """Every RPC that is served."""
+        from gpuctl.local.wire import collect
+
+        return collect(
+            self._environments,
+            self._apps,
+            self._functions,
+            self._servers,
+            self._tasks,
+            self._images,
+            self._mounts,
+            self._blobs,
+            self._volumes,
+            self._secrets,
+            self._proxy_tokens,
+            self._logs,
+        )
+
+    async def start(self, port: int | None) -> None:
+        """Listen, and serve what was deployed before. Raises GpuctlError, exit code 2 when the wanted port is taken."""
+        from grpclib.server import Server
+        from modal_proto.api_grpc import ModalClientBase
+        from modal_proto.task_command_router_grpc import TaskCommandRouterBase
+
+        from gpuctl.local.containers import ContainerRuntime
+        from gpuctl.local.service import build
+
+        listener = self._listener(port)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._runtime = ContainerRuntime(self._state_dir / "run", on_log=self._tasks.on_log)
+        self._runtime.sweep()
+        await self._blobs.start()
+
+        endpoints = self.endpoints()
+        services = [
+            build(ModalClientBase, endpoints, self._authenticate),
+            build(TaskCommandRouterBase, {}, self._authenticate),
+        ]
+        # Containers use a unix socket. Its path must be short, which a state directory's need not be.
+        if (before := self._store.meta("socket_dir")) and Path(before).name.startswith("gpuctl-"):
+            shutil.rmtree(before, ignore_errors=True)
+        self._socket_dir = Path(tempfile.mkdtemp(prefix="gpuctl-"))
+        self._store.set_meta("socket_dir", str(self._socket_dir))
+        path = str(self._socket_dir / "plane.sock")
+        for place in ({"sock": listener}, {"path": path}):
+            server = Server(services)
+            await server.start(**place)
+            self._listeners.append(server)
+        self._tasks.attach(self._runtime, path)
+        await self._apps.resume()
+        self._watch = asyncio.create_task(self._apps.watch_clients())
+
+    def _listener(self, port: int | None) -> socket.socket:
+        """The wanted port; without one the port of last time, or a free one if that is taken."""
+        last = int(self._store.meta("port") or 0)
+        for candidate in [port] if port is not None else [last, 0]:
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", candidate))
+                listener.listen(128)
+            except (OSError, OverflowError):
+                listener.close()
+                continue
+            self._store.set_meta("port", str(listener.getsockname()[1]))
+            return listener
+        raise usage_error(
+            f"--port: {port} is taken or not allowed", hint="without --port, a free one is chosen"
+        )
+
+    def _authenticate(self, metadata: Mapping[str, Any]) -> Any:
+        from gpuctl.local.wire import Call, unauthenticated
+
+        def header(name: str) -> str:
+            value = metadata.get(name, "")
+            return value if isinstance(value, str) else ""
+
+        version = header("x-modal-client-version")
+        if task_id := header("x-modal-task-id"):
+            if self._tasks.of_credentials(task_id, header("x-modal-task-secret")):
+                return Call(task_id, version)
+        elif hmac.compare_digest(
+            header("x-modal-token-id").encode(), self._token_id.encode()
+        ) and hmac.compare_digest(header("x-modal-token-secret").encode(), self._token_secret.encode()):
+            return Call("", version)
+        raise unauthenticated("Token missing or not the local control plane's own: see `gpuctl local env`.")
+
+    async def stop(self) -> None:
+        """End what runs, in order: no new calls, then containers (they may still talk), then the rest."""
+        if self._watch is not None:
+            self._watch.cancel()
+        for server in self._listeners[:1]:
+            server.close()
+        await self._images.stop()
+        await self._servers.close()
+        await self._tasks.stop_all()
+        for server in self._listeners:
+            server.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(server.wait_closed(), 2)
+        await self._blobs.stop()
+        if self._runtime is not None:
+            await self._runtime.close()
+        self._logs.flush()
+        self._store.close()
+        if self._socket_dir is not None:
+            shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

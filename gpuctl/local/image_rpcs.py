@@ -1,0 +1,172 @@
+"""Images over the API: builds that are started once and followed by whoever waits. Imports images, mounts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from modal_proto import api_pb2
+
+from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore
+from gpuctl.local.wire import IMAGE_BUILDER_VERSION, Call, not_found, rpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+    from pathlib import Path
+
+    from gpuctl.local.mounts import Mounts
+    from gpuctl.local.secrets import Secrets
+
+_SUCCESS = api_pb2.GenericResult.GENERIC_STATUS_SUCCESS
+_FAILURE = api_pb2.GenericResult.GENERIC_STATUS_FAILURE
+
+
+class _Build:
+    """A build that runs or has run: its log so far, its result, and a signal for each change."""
+
+    def __init__(self) -> None:
+        self.lines: list[Any] = []
+        self.result: Any = None
+        self.metadata: Any = None
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    def log(self, text: str) -> None:
+        if text:
+            line = text if text.endswith("\n") else text + "\n"
+            self.lines.append(
+                api_pb2.TaskLogs(
+                    data=line, file_descriptor=api_pb2.FILE_DESCRIPTOR_STDOUT, timestamp=time.time()
+                )
+            )
+            self.change()
+
+    def change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), max(seconds, 0))
+
+
+class Images:
+    """`ImageStore` as the client sees it."""
+
+    def __init__(self, images: ImageStore, mounts: Mounts, secrets: Secrets) -> None:
+        self._images = images
+        self._mounts = mounts
+        self._secrets = secrets
+        self._builds: dict[str, _Build] = {}
+
+    def built(self, image_id: str) -> BuiltImage:
+        """Raises NOT_FOUND when it was never built, or its files are gone."""
+        image = self._images.get(image_id)
+        if image is None:
+            raise not_found(f"Image '{image_id}' is not built here; deploy the app again.")
+        return image
+
+    @rpc("ImageGetOrCreate", differs="what cannot be applied without Docker is warned of; see below")
+    async def get_or_create(self, request: Any, _call: Call) -> Any:
+        definition, mount_id = request.image, request.image.context_mount_id
+        version = request.builder_version or IMAGE_BUILDER_VERSION
+        # A context mount's id is its content, so the image's id covers it.
+        image_id = self._images.image_id(definition, version, mount_id)
+        image = self._images.get(image_id)
+        if image is not None and image.client.is_dir():
+            return api_pb2.ImageGetOrCreateResponse(
+                image_id=image_id, result=api_pb2.GenericResult(status=_SUCCESS), metadata=_metadata(image)
+            )
+        build = self._builds.get(image_id)
+        if build is None or build.result is not None:
+            context = {file.path: file.host for file in self._mounts.files(mount_id)} if mount_id else {}
+            environment = self._secrets.values(definition.secret_ids)
+            build = self._builds[image_id] = _Build()
+            python = self._mounts.python_version(mount_id) if mount_id else ""
+            build.task = asyncio.create_task(
+                self._run(build, image_id, definition, context, environment, python)
+            )
+        return api_pb2.ImageGetOrCreateResponse(image_id=image_id)
+
+    async def _run(
+        self,
+        build: _Build,
+        image_id: str,
+        definition: Any,
+        context: Mapping[str, Path],
+        environment: Mapping[str, str],
+        python: str,
+    ) -> None:
+        try:
+            image = await self._images.build(
+                image_id,
+                definition,
+                context_files=context,
+                secret_env=environment,
+                log=build.log,
+                python_hint=python,
+            )
+        except ImageBuildError as error:
+            build.result = api_pb2.GenericResult(status=_FAILURE, exception=str(error))
+        except asyncio.CancelledError:
+            build.result = api_pb2.GenericResult(
+                status=api_pb2.GenericResult.GENERIC_STATUS_TERMINATED,
+                exception="the local control plane was stopped",
+            )
+            raise
+        except Exception as error:
+            build.result = api_pb2.GenericResult(status=_FAILURE, exception=repr(error))
+            raise
+        else:
+            build.metadata = _metadata(image)
+            build.result = api_pb2.GenericResult(status=_SUCCESS)
+        finally:
+            build.change()
+
+    @rpc("ImageJoinStreaming")
+    async def join(self, request: Any, _call: Call) -> AsyncIterator[Any]:
+        build = self._builds.get(request.image_id)
+        if build is None:
+            image = self.built(request.image_id)
+            yield api_pb2.ImageJoinStreamingResponse(
+                result=api_pb2.GenericResult(status=_SUCCESS), metadata=_metadata(image), eof=True
+            )
+            return
+        seen = int(request.last_entry_id or 0)
+        deadline = time.monotonic() + request.timeout
+        while True:
+            if lines := build.lines[seen:]:
+                seen += len(lines)
+                yield api_pb2.ImageJoinStreamingResponse(task_logs=lines, entry_id=str(seen))
+            elif build.result is not None:
+                yield api_pb2.ImageJoinStreamingResponse(
+                    result=build.result, metadata=build.metadata, eof=True
+                )
+                return
+            elif time.monotonic() >= deadline:
+                return
+            else:
+                await build.wait(deadline - time.monotonic())
+
+    @rpc("ImageFromId")
+    async def from_id(self, request: Any, _call: Call) -> Any:
+        return api_pb2.ImageFromIdResponse(
+            image_id=request.image_id, metadata=_metadata(self.built(request.image_id))
+        )
+
+    async def stop(self) -> None:
+        """End the builds that run."""
+        tasks = [build.task for build in self._builds.values() if build.task and not build.task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _metadata(image: BuiltImage) -> Any:
+    return api_pb2.ImageMetadata(
+        python_version_info=f"Python {image.python_version}",
+        workdir=image.workdir or None,
+        image_builder_version=IMAGE_BUILDER_VERSION,
+    )

@@ -1,0 +1,182 @@
+"""What apps print and what the plane says about them, line by line, followed and searched. Imports store, wire."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from modal_proto import api_pb2
+
+from gpuctl.local.store import LogFilter, LogRow, Store
+from gpuctl.local.wire import Call, not_found, rpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+STDOUT, STDERR, SYSTEM = (
+    api_pb2.FILE_DESCRIPTOR_STDOUT,
+    api_pb2.FILE_DESCRIPTOR_STDERR,
+    api_pb2.FILE_DESCRIPTOR_INFO,
+)
+KEEP_SECONDS = 35 * 86400  # as far back as the client can ask
+_FLUSH_SECONDS = 0.02  # lines are written in batches: at most so late
+_PAGE = 1000
+_STATE_STOPPED = api_pb2.APP_STATE_STOPPED
+
+
+class Logs:
+    """The log store: `write` from the containers, `say` for the plane's own lines, and the RPCs that read them."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pending: list[LogRow] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._news = asyncio.Event()
+        store.prune_logs(time.time() - KEEP_SECONDS)
+
+    def write(self, app_id: str, function_id: str, task_id: str, source: int, text: str) -> None:
+        """Keep `text`, one entry per line."""
+        now = time.time()
+        # Split at "\n" only: a progress bar's "\r" belongs to its line.
+        lines = io.StringIO(text, newline="\n")
+        self._pending.extend(LogRow(app_id, function_id, task_id, source, now, line) for line in lines)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
+
+    def say(self, app_id: str, function_id: str, task_id: str, line: str) -> None:
+        """A line of the plane itself, which `modal app logs --source system` shows."""
+        self.write(app_id, function_id, task_id, SYSTEM, line + "\n")
+
+    def flush(self) -> None:
+        """Write what is pending and wake those who follow."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._pending:
+            rows, self._pending = self._pending, []
+            self._store.add_logs(rows)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let those who follow look again: there are new lines, or an app has ended."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def tail(self, app_id: str, lines: int, task_id: str = "") -> str:
+        """The last lines as text."""
+        self.flush()
+        return "".join(row.data for row in self._store.last_logs(LogFilter(app_id, task_id=task_id), lines))
+
+    @rpc("AppGetLogs", differs="for a deployed app, starts with the lines since its last deployment")
+    async def follow(self, request: Any, _call: Call) -> AsyncIterator[Any]:
+        app_id = request.app_id or self._store.app_of_task(request.task_id) or ""
+        app = self._store.app(app_id)
+        if app is None:
+            raise not_found(f"App '{request.app_id or request.task_id}' not found.")
+        wanted = LogFilter(
+            app_id,
+            function_id=request.function_id,
+            task_id=request.task_id,
+            source=request.file_descriptor,
+            search=request.search_text,
+            # Only where the client has nothing yet; with an entry id it goes on from there.
+            since=app.deployed_at or None,
+        )
+        last = int(request.last_entry_id.partition("-")[0] or 0)
+        deadline = time.monotonic() + request.timeout
+        while True:
+            news = self._news
+            self.flush_pending_of(app_id)
+            rows = self._store.logs_after(wanted, last, _PAGE)
+            for batch in _batches(rows):
+                yield batch
+            if rows:
+                last = rows[-1].id
+                continue
+            app = self._store.app(app_id)
+            if app is None or app.state == _STATE_STOPPED or self._ended(request.task_id):
+                yield api_pb2.TaskLogsBatch(app_done=True)
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            try:
+                await asyncio.wait_for(news.wait(), left)
+            except TimeoutError:
+                return
+
+    def flush_pending_of(self, app_id: str) -> None:
+        """Write pending lines now if some are this app's, so that its end is not told before its last words."""
+        if any(row.app_id == app_id for row in self._pending):
+            rows, self._pending = self._pending, []
+            self._store.add_logs(rows)
+
+    def _ended(self, task_id: str) -> bool:
+        row = self._store.task(task_id) if task_id else None
+        return row is not None and row.finished_at > 0
+
+    @rpc("AppFetchLogs")
+    async def fetch(self, request: Any, _call: Call) -> Any:
+        self.flush()
+        rows = self._store.last_logs(self._filter(request), request.limit or _PAGE)
+        return api_pb2.AppFetchLogsResponse(batches=_batches(rows))
+
+    @rpc("AppCountLogs")
+    async def count(self, request: Any, _call: Call) -> Any:
+        self.flush()
+        buckets: dict[int, Any] = {}
+        for start, source, rows in self._store.count_logs(self._filter(request), request.bucket_secs or 60):
+            bucket = buckets.setdefault(
+                start, api_pb2.AppCountLogsResponse.LogBucket(bucket_start_at=Timestamp(seconds=start))
+            )
+            if source == STDOUT:
+                bucket.stdout_logs += rows
+            elif source == STDERR:
+                bucket.stderr_logs += rows
+            else:
+                bucket.system_logs += rows
+        return api_pb2.AppCountLogsResponse(app_id=request.app_id, buckets=buckets.values())
+
+    def _filter(self, request: Any) -> LogFilter:
+        if self._store.app(request.app_id) is None:
+            raise not_found(f"App '{request.app_id}' not found.")
+        return LogFilter(
+            request.app_id,
+            function_id=request.function_id,
+            task_id=request.task_id,
+            source=request.source,
+            search=request.search_text,
+            since=_seconds(request.since) if request.HasField("since") else None,
+            until=_seconds(request.until) if request.HasField("until") else None,
+        )
+
+
+def _seconds(timestamp: Any) -> float:
+    return float(timestamp.seconds + timestamp.nanos / 1e9)
+
+
+def _batches(rows: Iterable[LogRow]) -> list[Any]:
+    """Rows as the client wants them: runs of one container's lines."""
+    batches = []
+    for (task_id, function_id), group in groupby(rows, key=lambda row: (row.task_id, row.function_id)):
+        lines = list(group)
+        items = [
+            api_pb2.TaskLogs(
+                data=row.data,
+                file_descriptor=row.source,
+                timestamp=row.at,
+                timestamp_ns=int(row.at * 1e9),
+                container_id=task_id,
+            )
+            for row in lines
+        ]
+        batches.append(
+            api_pb2.TaskLogsBatch(
+                task_id=task_id, function_id=function_id, items=items, entry_id=f"{lines[-1].id:020d}-0"
+            )
+        )
+    return batches

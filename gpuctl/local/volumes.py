@@ -1,0 +1,281 @@
+"""Volumes: plain folders, bound into containers as they are. Imports store, environments, blobs, wire, ids.
+
+A commit has nothing to do, since every container sees one and the same folder; and a reload neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.empty_pb2 import Empty
+from modal_proto import api_pb2
+
+from gpuctl.local.environments import Environments, check_name
+from gpuctl.local.ids import is_id, new_id
+from gpuctl.local.store import Store, Volume
+from gpuctl.local.wire import WORKSPACE, Call, already_exists, conflict, invalid, not_found, rpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from gpuctl.local.blobs import Blobs
+
+BLOCK = 8 << 20  # the client's block size of version 2 Volumes
+_ENTRIES = 1000  # per message of a listing
+_SHARED = "changes are visible to other containers at once, committed or not"
+
+
+class Volumes:
+    """Names to folders under `folder`. Every Volume behaves as one of version 2."""
+
+    def __init__(self, store: Store, environments: Environments, blobs: Blobs, folder: Path) -> None:
+        self._store = store
+        self._environments = environments
+        self._blobs = blobs
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        blobs.serve("volume", self._read_block)
+
+    def root(self, volume_id: str) -> Path:
+        """The Volume's folder. Raises NOT_FOUND for an unknown one."""
+        if not is_id(volume_id, "vo") or self._store.volume(volume_id) is None:
+            raise not_found(f"Volume '{volume_id}' not found.")
+        root = self._folder / volume_id
+        root.mkdir(exist_ok=True)
+        return root
+
+    def inside(self, volume_id: str, path: str) -> Path:
+        """A path in the Volume, which a name from the client, or a link in the Volume, cannot leave."""
+        root = self.root(volume_id).resolve()
+        if "\0" in path:
+            raise invalid("A path cannot contain a null character.")
+        place = root / path.lstrip("/")
+        # The last part is not followed: a link is listed, read through only inside, and removed as a link.
+        resolved = place.parent.resolve() / place.name if place.name not in ("", "..") else place.resolve()
+        if resolved != root and not resolved.is_relative_to(root):
+            raise invalid(f"Path '{path}' leaves the Volume.")
+        if resolved.is_symlink() and not resolved.resolve().is_relative_to(root):
+            raise invalid(f"Path '{path}' is a link that leaves the Volume.")
+        return resolved
+
+    def metadata(self, volume_id: str) -> Any:
+        row = self._store.volume(volume_id)
+        if row is None:
+            raise not_found(f"Volume '{volume_id}' not found.")
+        created = api_pb2.CreationInfo(created_at=row.created_at, created_by=WORKSPACE)
+        return api_pb2.VolumeMetadata(
+            version=api_pb2.VOLUME_FS_VERSION_V2, name=row.name, creation_info=created
+        )
+
+    # ---- the objects
+
+    @rpc("VolumeGetOrCreate", differs="every Volume has version 2")
+    async def get_or_create(self, request: Any, _call: Call) -> Any:
+        environment = self._environments.named(request.environment_name)
+        name, how = request.deployment_name, request.object_creation_type
+        row = self._store.volume_named(environment.id, name) if name else None
+        if row is not None and how == api_pb2.OBJECT_CREATION_TYPE_CREATE_FAIL_IF_EXISTS:
+            raise already_exists(f"Volume '{name}' already exists in environment '{environment.name}'.")
+        if row is None:
+            if name and how == api_pb2.OBJECT_CREATION_TYPE_UNSPECIFIED:
+                raise not_found(f"Volume '{name}' not found in environment '{environment.name}'.")
+            if name:
+                check_name(name, "Volume")
+            row = Volume(new_id("vo"), environment.id, name, api_pb2.VOLUME_FS_VERSION_V2, time.time())
+            self._store.add_volume(row)
+        self.root(row.id)
+        return api_pb2.VolumeGetOrCreateResponse(
+            volume_id=row.id, version=api_pb2.VOLUME_FS_VERSION_V2, metadata=self.metadata(row.id)
+        )
+
+    @rpc("VolumeGetById")
+    async def get_by_id(self, request: Any, _call: Call) -> Any:
+        return api_pb2.VolumeGetByIdResponse(
+            volume_id=request.volume_id, metadata=self.metadata(request.volume_id)
+        )
+
+    @rpc("VolumeList")
+    async def list(self, request: Any, _call: Call) -> Any:
+        environment = self._environments.named(request.environment_name)
+        before = request.pagination.created_before or time.time() + 1
+        rows = [row for row in self._store.volumes(environment.id) if row.created_at < before]
+        items = [
+            api_pb2.VolumeListItem(
+                label=row.name, volume_id=row.id, created_at=row.created_at, metadata=self.metadata(row.id)
+            )
+            for row in rows[: request.pagination.max_objects or None]
+        ]
+        return api_pb2.VolumeListResponse(items=items, environment_name=environment.name)
+
+    @rpc("VolumeRename")
+    async def rename(self, request: Any, _call: Call) -> Any:
+        row = self._store.volume(request.volume_id)
+        if row is None:
+            raise not_found(f"Volume '{request.volume_id}' not found.")
+        if self._store.volume_named(row.environment_id, check_name(request.name, "Volume")):
+            raise already_exists(f"Volume '{request.name}' already exists.")
+        self._store.rename_volume(row.id, request.name)
+        return Empty()
+
+    @rpc("VolumeDelete")
+    async def delete(self, request: Any, _call: Call) -> Any:
+        root = self.root(request.volume_id)
+        self._store.delete_volume(request.volume_id)
+        shutil.rmtree(root, ignore_errors=True)
+        return Empty()
+
+    @rpc("VolumeHeartbeat", differs="an ephemeral Volume stays until it is deleted")
+    async def heartbeat(self, _request: Any, _call: Call) -> Any:
+        return Empty()
+
+    @rpc("VolumeCommit", differs=_SHARED)
+    async def commit(self, request: Any, _call: Call) -> Any:
+        self.root(request.volume_id)
+        return api_pb2.VolumeCommitResponse(skip_reload=True)
+
+    @rpc("VolumeReload", differs=_SHARED)
+    async def reload(self, request: Any, _call: Call) -> Any:
+        self.root(request.volume_id)
+        return Empty()
+
+    # ---- their files
+
+    @rpc("VolumePutFiles2")
+    async def put_files(self, request: Any, _call: Call) -> Any:
+        """Called twice: the first answer names the blocks that are missing; the client sends those and asks again."""
+        targets = [self.inside(request.volume_id, file.path) for file in request.files]
+        missing = []
+        for index, (file, target) in enumerate(zip(request.files, targets, strict=True)):
+            if target.is_dir() or target == self.root(request.volume_id):
+                raise already_exists(f"'{file.path}' is a directory.")
+            if request.disallow_overwrite_existing_files and target.exists():
+                raise already_exists(f"'{file.path}' already exists.")
+            for number, block in enumerate(file.blocks):
+                if self._blobs.file(block.contents_sha256.hex()) is None:
+                    url = self._blobs.url(f"/block/{block.contents_sha256.hex()}")
+                    missing.append(
+                        api_pb2.VolumePutFiles2Response.MissingBlock(
+                            file_index=index, block_index=number, put_url=url
+                        )
+                    )
+        if missing:
+            return api_pb2.VolumePutFiles2Response(missing_blocks=missing)
+        for file, target in zip(request.files, targets, strict=True):
+            await asyncio.to_thread(self._assemble, file, target)
+        for file in request.files:
+            for block in file.blocks:
+                self._blobs.drop(block.contents_sha256.hex())
+        return api_pb2.VolumePutFiles2Response()
+
+    def _assemble(self, file: Any, target: Path) -> None:
+        """Put the file's blocks together beside `target`, then in its place in one step."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{secrets.token_hex(8)}.part")
+        try:
+            with part.open("wb") as output:
+                for block in file.blocks:
+                    source = self._blobs.file(block.contents_sha256.hex())
+                    if source is None:
+                        raise conflict("A block of this upload is gone; upload the file again.")
+                    with source.open("rb") as data:
+                        shutil.copyfileobj(data, output, 1 << 20)
+                output.truncate(file.size)
+            part.chmod(file.mode & 0o777 or 0o644)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @rpc("VolumeGetFile2", differs="ranges start and end at whole blocks")
+    async def get_file(self, request: Any, _call: Call) -> Any:
+        path = self.inside(request.volume_id, request.path)
+        if not path.is_file():
+            raise not_found(f"No such file: '{request.path}'.")
+        size = path.stat().st_size
+        name = f"{request.volume_id}/{path.relative_to(self.root(request.volume_id).resolve())}"
+        count = -(-size // BLOCK)
+        urls = [self._blobs.url(f"/volume/{name}/{number}") for number in range(count)]
+        return api_pb2.VolumeGetFile2Response(get_urls=urls, size=size, start=0, len=size)
+
+    def _read_block(self, name: str, number: int) -> bytes:
+        volume_id, _, path = name.partition("/")
+        with self.inside(volume_id, path).open("rb") as file:
+            file.seek(number * BLOCK)
+            return file.read(BLOCK)
+
+    @rpc("VolumeListFiles2")
+    async def list_files(self, request: Any, _call: Call) -> AsyncIterator[Any]:
+        top = self.inside(request.volume_id, request.path)
+        if not os.path.lexists(top):
+            raise not_found(f"No such file or directory: '{request.path}'.")
+        root = self.root(request.volume_id).resolve()
+        batch: list[Any] = []
+        for count, path in enumerate(_walk(top, request.recursive)):
+            if request.HasField("max_entries") and count >= request.max_entries:
+                break
+            batch.append(_entry(path, root))
+            if len(batch) == _ENTRIES:
+                yield api_pb2.VolumeListFiles2Response(entries=batch)
+                batch = []
+        yield api_pb2.VolumeListFiles2Response(entries=batch)
+
+    @rpc("VolumeRemoveFile2")
+    async def remove_file(self, request: Any, _call: Call) -> Any:
+        path = self.inside(request.volume_id, request.path)
+        if not os.path.lexists(path):
+            raise not_found(f"No such file or directory: '{request.path}'.")
+        if path == self.root(request.volume_id).resolve():
+            raise invalid("The root of a Volume cannot be removed; delete the Volume.")
+        if path.is_dir() and not path.is_symlink():
+            if not request.recursive:
+                raise invalid(f"'{request.path}' is a directory; remove it recursively.")
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        return Empty()
+
+    @rpc("VolumeCopyFiles2")
+    async def copy_files(self, request: Any, _call: Call) -> Any:
+        target = self.inside(request.volume_id, request.dst_path)
+        sources = [self.inside(request.volume_id, path) for path in request.src_paths]
+        if len(sources) > 1 and not target.is_dir():
+            raise invalid(f"'{request.dst_path}' is not a directory.")
+        for source, path in zip(sources, request.src_paths, strict=True):
+            if not source.exists():
+                raise not_found(f"No such file or directory: '{path}'.")
+            place = target / source.name if target.is_dir() else target
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                if not request.recursive:
+                    raise invalid(f"'{path}' is a directory; copy it recursively.")
+                shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
+            else:
+                shutil.copy2(source, place)
+        return Empty()
+
+
+def _walk(top: Path, recursive: bool) -> Iterator[Path]:
+    if not top.is_dir() or top.is_symlink():
+        yield top
+        return
+    for path in sorted(top.iterdir()):
+        yield path
+        if recursive and path.is_dir() and not path.is_symlink():
+            yield from _walk(path, recursive)
+
+
+def _entry(path: Path, root: Path) -> Any:
+    stat = path.lstat()
+    if path.is_symlink():
+        kind = api_pb2.FileEntry.SYMLINK
+    elif path.is_dir():
+        kind = api_pb2.FileEntry.DIRECTORY
+    else:
+        kind = api_pb2.FileEntry.FILE
+    size = stat.st_size if kind == api_pb2.FileEntry.FILE else 0
+    return api_pb2.FileEntry(path=str(path.relative_to(root)), type=kind, mtime=int(stat.st_mtime), size=size)

@@ -1,0 +1,105 @@
+"""What every handler shares: the `rpc` mark, who is calling, and Modal's errors. Imports grpclib.
+
+A handler is a method `async def f(self, request, call)`, or an async generator for a streaming RPC, marked with the
+name of its RPC. `service` collects the marks; nothing else knows which RPCs exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from grpclib import GRPCError, Status
+
+IMAGE_BUILDER_VERSION = (
+    "2025.06"  # the newest that client 1.6.4 knows; it is also the default of new workspaces
+)
+WORKSPACE = "local"  # what stands where the cloud shows a user's name
+
+_MARK = "__modal_rpc__"
+
+
+@dataclass(frozen=True)
+class Call:
+    """Who makes a call: the user's client, or the container `task_id`."""
+
+    task_id: str
+    client_version: str
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One served RPC. `differs` says in a few words what is not as in the cloud, for the table in docs/local.md."""
+
+    name: str
+    differs: str
+    handler: Callable[..., Any]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def rpc(*names: str, differs: str = "") -> Callable[[F], F]:
+    """Mark a method as the handler of these RPCs."""
+
+    def mark(function: F) -> F:
+        setattr(function, _MARK, (names, differs))
+        return function
+
+    return mark
+
+
+def marked(noun: type) -> dict[str, tuple[str, str]]:
+    """RPC name → (method name, how it differs) of one class of handlers."""
+    found = {}
+    for attribute, value in vars(noun).items():
+        for name in getattr(value, _MARK, ((), ""))[0]:
+            found[name] = (attribute, getattr(value, _MARK)[1])
+    return found
+
+
+def collect(*nouns: object) -> dict[str, Endpoint]:
+    """Every RPC that these objects serve, by name; two handlers for one RPC are a mistake."""
+    endpoints: dict[str, Endpoint] = {}
+    for noun in nouns:
+        for name, (attribute, differs) in marked(type(noun)).items():
+            if name in endpoints:
+                raise ValueError(f"{name} has two handlers")
+            endpoints[name] = Endpoint(name, differs, getattr(noun, attribute))
+    return endpoints
+
+
+def not_found(message: str) -> Exception:
+    """The client raises NotFoundError."""
+    return _error(Status.NOT_FOUND, message)
+
+
+def already_exists(message: str) -> Exception:
+    """The client raises AlreadyExistsError."""
+    return _error(Status.ALREADY_EXISTS, message)
+
+
+def invalid(message: str) -> Exception:
+    """The client raises InvalidError."""
+    return _error(Status.INVALID_ARGUMENT, message)
+
+
+def conflict(message: str) -> Exception:
+    """The client raises ConflictError: the object is not in a state that allows this."""
+    return _error(Status.FAILED_PRECONDITION, message)
+
+
+def unimplemented(message: str) -> Exception:
+    """What the cloud does and this plane does not: always by name."""
+    return _error(Status.UNIMPLEMENTED, message)
+
+
+def unauthenticated(message: str) -> Exception:
+    """The client raises AuthError."""
+    return _error(Status.UNAUTHENTICATED, message)
+
+
+def _error(status: Status, message: str) -> Exception:
+    error: Exception = GRPCError(status, message)
+    return error
