@@ -88,7 +88,7 @@ def _report_usage(error: Exception) -> int:
     if type(error).__name__ == "NoSuchOption" and option:
         message = f"no such option: {option}"
         if near:
-            message += f"; did you mean {' or '.join(sorted(near))}?"
+            message += f"; did you mean {' or '.join(near[:2])}?"
     where = getattr(context, "command_path", "gpuctl")
     print(f"error: {where}: {' '.join(message.split())}", file=sys.stderr)
     if not near:

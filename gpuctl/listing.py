@@ -5,6 +5,7 @@ May import: `gpuctl.errors`, `modal_cli`, `paths`, `reach`, `records`, `target`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -107,7 +108,8 @@ def _row(record: DeploymentRecord, apps: list[dict[str, Any]]) -> Row:
             return Row(record, str(app["state"]), int(app["tasks"]))
     for app in apps:
         if app["description"] == record.name and not _is_stopped(app) and app["state"] == "deployed":
-            return Row(record, str(app["state"]), int(app["tasks"]))
+            again = dataclasses.replace(record, app_id=str(app["app_id"]))
+            return Row(again, str(app["state"]), int(app["tasks"]))
     return Row(record, STOPPED, 0)
 
 

@@ -1,0 +1,329 @@
+"""The command line as a user meets it: exit codes, stderr, stdout. Modal's client is played."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fakes import FakeRunner
+from gpuctl import __version__
+from gpuctl.__main__ import main
+from gpuctl.cli import VERBS, command
+from gpuctl.errors import GpuctlError
+from gpuctl.modal_cli import Completed, ModalEnv
+from gpuctl.paths import state_dir
+from gpuctl.records import DeploymentRecord, Records
+from gpuctl.target import Target
+
+ENV = ModalEnv.local({"MODAL_TOKEN_ID": "ak-plane"}, {})
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("MODAL_CONFIG_PATH", str(tmp_path / "none.toml"))
+    for name in ("GPUCTL_TARGET", "MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET", "MODAL_ENVIRONMENT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local control plane that runs."""
+    for room in ("listing", "stop", "tokens", "reach"):
+        monkeypatch.setattr(f"gpuctl.{room}.reach", lambda *_, **__: ENV)
+    monkeypatch.setattr("gpuctl.listing.running_plane", lambda: object())
+
+
+@pytest.fixture
+def record() -> DeploymentRecord:
+    document = json.loads((Path(__file__).parent / "record.json").read_text())
+    made = DeploymentRecord.from_document(document)
+    Records(state_dir()).save(made)
+    return made
+
+
+Printed = tuple[int, str, str]
+
+
+def gpuctl(capsys: pytest.CaptureFixture[str], *words: str, runner: FakeRunner | None = None) -> Printed:
+    code = main(words, runner=runner or FakeRunner())
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+# -- the boundary
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpuctl(capsys, "--version") == (0, f"gpuctl {__version__}\n", "")
+    code, out, _ = gpuctl(capsys, "-h")
+    assert code == 0
+    assert all(verb.name in out for verb in VERBS)
+
+
+def test_no_arguments_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = gpuctl(capsys)
+    assert (code, out) == (2, "")
+    assert "Commands:" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["lgos"], "no such command 'lgos'; did you mean logs?"),
+        (["frobnicate"], "there are: serve, ps"),
+        (["--frob"], "gpuctl: no such option: --frob"),
+        (["ps", "--lcal"], "gpuctl ps: no such option: --lcal; did you mean --local"),
+        (["ps", "extra"], "gpuctl ps: "),
+        (["logs"], "gpuctl logs: Missing argument"),
+        (["logs", "x", "--since"], "--since"),
+        (["logs", "x", "--tail", "0"], "--tail: '0' is not a number of lines"),
+        (["logs", "x", "-f", "--tail", "3"], "--follow: "),
+        (["logs", "x", "--source", "stdin"], "--source: unknown source 'stdin'"),
+        (["stop", "x", "--local"], "no deployment named 'x' on this machine"),
+        (["ps"], "modal setup"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    code, out, err = gpuctl(capsys, *words)
+    assert (code, out) == (2, "")
+    errors = [line for line in err.splitlines() if not line.startswith("hint: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert says in errors[0]
+
+
+def test_an_unknown_target_in_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUCTL_TARGET", "cloud")
+    code, _, err = gpuctl(capsys, "ps")
+    assert code == 2
+    assert err == "error: GPUCTL_TARGET: unknown target 'cloud'; use 'modal' or 'local'\n"
+
+
+def test_every_problem_its_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise GpuctlError(["--a: one", "--b: two"], hint="try c", exit_code=2)
+
+    monkeypatch.setattr("gpuctl.__main__._run", fail)
+    assert gpuctl(capsys, "ps") == (2, "", "error: --a: one\nerror: --b: two\nhint: try c\n")
+
+
+def test_a_bug_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("gpuctl.__main__._run", fail)
+    code, _, err = gpuctl(capsys, "ps")
+    assert code == 1
+    assert "Traceback" in err
+    assert "ZeroDivisionError: oops" in err
+    assert "bug in gpuctl" in err
+
+
+def test_ctrl_c(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpuctl.listing.deployments", fail)
+    assert gpuctl(capsys, "ps", "--local") == (130, "", "interrupted\n")
+
+
+def test_a_reader_that_goes_away_causes_no_noise(tmp_path: Path) -> None:
+    script = f"{sys.executable} -m gpuctl serve --help | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from gpuctl.__main__ import main; main(['--help']); "
+        "print([m for m in ('rich', 'jinja2', 'modal', 'modal_proto', 'pydantic', 'aiohttp', 'urllib.request', "
+        "'gpuctl.plan', 'gpuctl.cli.serve') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_table_of_verbs_says_what_they_say() -> None:
+    group = command()
+    context = group.make_context("gpuctl", [], resilient_parsing=True)
+    for verb in VERBS:
+        made = group.get_command(context, verb.name)
+        assert made is not None
+        first = (made.help or "").strip().splitlines()[0]
+        assert first.rstrip(".").startswith(verb.help.split(":")[0].split(",")[0].rstrip(".")), verb.name
+        assert {"-h", "--help"} == set(made.get_help_option_names(context)) or verb.name == "local"
+
+
+# -- ps
+
+
+def listed(record: DeploymentRecord, **changes: object) -> Completed:
+    app = {
+        "app_id": record.app_id,
+        "description": record.name,
+        "state": "deployed",
+        "tasks": "1",
+        "created_at": "2026-11-21 07:48:36+00:00",
+        "stopped_at": None,
+    }
+    other = app | {"app_id": "ap-other", "description": "not-gpuctls"}
+    return Completed(0, json.dumps([app | changes, other]), "")
+
+
+@pytest.mark.usefixtures("plane")
+def test_ps_costs_one_modal_call(capsys: pytest.CaptureFixture[str], record: DeploymentRecord) -> None:
+    runner = FakeRunner({"app list": listed(record)})
+    code, out, err = gpuctl(capsys, "ps", "--local", runner=runner)
+    assert (code, err) == (0, "")
+    header, row = out.splitlines()
+    assert header.split() == ["NAME", "MODEL", "GPU", "STATE", "CONTAINERS", "URL", "AGE"]
+    assert row.split()[:6] == ["tiny", "tiny", "cpu", "deployed", "1", record.url]
+    assert runner.calls == [["app", "list", "--json"]]
+
+
+@pytest.mark.usefixtures("plane")
+def test_ps_json(capsys: pytest.CaptureFixture[str], record: DeploymentRecord) -> None:
+    code, out, _ = gpuctl(capsys, "ps", "--local", "--json", runner=FakeRunner({"app list": listed(record)}))
+    assert code == 0
+    (one,) = json.loads(out)
+    assert (one["name"], one["state"], one["containers"], one["app_id"]) == (
+        "tiny",
+        "deployed",
+        1,
+        record.app_id,
+    )
+
+
+@pytest.mark.usefixtures("plane")
+def test_what_was_stopped_is_shown_on_demand(
+    capsys: pytest.CaptureFixture[str], record: DeploymentRecord
+) -> None:
+    gone = FakeRunner({"app list": listed(record, state="stopped", stopped_at="2026-11-21 08:00:00+00:00")})
+    assert json.loads(gpuctl(capsys, "ps", "--local", "--json", runner=gone)[1]) == []
+    (one,) = json.loads(gpuctl(capsys, "ps", "--local", "--json", "--all", runner=gone)[1])
+    assert one["state"] == "stopped"
+
+
+@pytest.mark.usefixtures("plane")
+def test_deployed_again_behind_our_back(capsys: pytest.CaptureFixture[str], record: DeploymentRecord) -> None:
+    runner = FakeRunner({"app list": listed(record, app_id="ap-new")})
+    (one,) = json.loads(gpuctl(capsys, "ps", "--local", "--json", runner=runner)[1])
+    assert (one["state"], one["app_id"]) == ("deployed", "ap-new")
+
+
+def test_ps_starts_no_plane(capsys: pytest.CaptureFixture[str], record: DeploymentRecord) -> None:
+    code, out, err = gpuctl(capsys, "ps", "--local", "--json")
+    assert (code, json.loads(out)) == (0, [])
+    assert "gpuctl local up" in err
+
+
+# -- logs, stop, token
+
+
+@pytest.mark.usefixtures("plane", "record")
+def test_logs_hands_the_terminal_over(capsys: pytest.CaptureFixture[str]) -> None:
+    runner = FakeRunner({"app logs": Completed(3, "", "")})
+    words = ("logs", "tiny", "--local", "--since", "2h", "--search", "a b", "-n", "5", "--timestamps")
+    code, _, _ = gpuctl(capsys, *words, runner=runner)
+    assert code == 3
+    assert runner.calls == [
+        ["app", "logs", "ap-AbCdEf123456", "--since", "2h", "--search", "a b", "--tail", "5", "--timestamps"]
+    ]
+
+
+@pytest.mark.usefixtures("plane", "record")
+def test_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    runner = FakeRunner({"app stop": Completed(0, "", "")})
+    code, out, err = gpuctl(capsys, "stop", "tiny", "--local", runner=runner)
+    assert (code, out) == (0, "")
+    assert "stopped tiny" in err
+    assert runner.calls == [["app", "stop", "ap-AbCdEf123456", "--yes"]]
+    assert not Records(state_dir()).find("tiny", Target.LOCAL, "main").running
+
+
+@pytest.mark.usefixtures("plane", "record")
+def test_stop_what_does_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    runner = FakeRunner({"app stop": Completed(1, "", "App is already stopped.")})
+    code, _, err = gpuctl(capsys, "stop", "tiny", "--local", runner=runner)
+    assert code == 1
+    assert "error: 'tiny' was not running" in err
+
+
+def test_stop_on_modal_asks(
+    capsys: pytest.CaptureFixture[str], record: DeploymentRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = record.document() | {"target": "modal"}
+    Records(state_dir()).save(DeploymentRecord.from_document(document))
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-1")
+    code, _, err = gpuctl(capsys, "stop", "tiny")
+    assert code == 2
+    assert "--yes" in err
+    assert gpuctl(capsys, "stop", "tiny", "-y", runner=FakeRunner({"app stop": Completed(0, "", "")}))[0] == 0
+
+
+@pytest.mark.usefixtures("plane", "record")
+def test_token_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    made = Completed(0, json.dumps({"Modal-Key": "wk-1", "Modal-Secret": "ws-2"}), "")
+    runner = FakeRunner({"workspace": made})
+    assert gpuctl(capsys, "token", "tiny", "--local", "-v", runner=runner) == (0, "wk-1.ws-2\n", "")
+    assert gpuctl(capsys, "token", runner=FakeRunner()) == (
+        0,
+        "wk-1.ws-2\n",
+        "",
+    )  # kept; the only deployment's
+    again = Completed(0, json.dumps({"Modal-Key": "wk-3", "Modal-Secret": "ws-4"}), "")
+    new = gpuctl(capsys, "token", "--local", "--new", runner=FakeRunner({"workspace": again}))
+    assert new == (0, "wk-3.ws-4\n", "")
+
+
+def test_token_on_modal_is_made_after_asking(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-1")
+    code, out, err = gpuctl(capsys, "token")
+    assert (code, out) == (2, "")
+    assert "--yes" in err
+    made = Completed(0, json.dumps({"Modal-Key": "wk-1", "Modal-Secret": "ws-2"}), "")
+    assert gpuctl(capsys, "token", "--yes", runner=FakeRunner({"workspace": made}))[1] == "wk-1.ws-2\n"
+
+
+@pytest.mark.usefixtures("plane")
+def test_no_auth_has_no_token(capsys: pytest.CaptureFixture[str], record: DeploymentRecord) -> None:
+    Records(state_dir()).save(DeploymentRecord.from_document(record.document() | {"auth": False}))
+    code, out, err = gpuctl(capsys, "token", "tiny", "--local")
+    assert (code, out) == (2, "")
+    assert "wants no token" in err
+
+
+# -- completion
+
+
+def complete(words: str) -> list[str]:
+    env = os.environ | {
+        "_GPUCTL_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuctl"], env=env, capture_output=True, text=True, check=False
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.usefixtures("record")
+def test_names_complete_from_the_records() -> None:
+    assert complete("gpuctl logs --local t") == ["tiny"]
+    assert complete("gpuctl stop t") == []  # on Modal there is none
+    assert complete("gpuctl l") == ["logs", "local"]
