@@ -200,7 +200,7 @@ _ENVIRONMENT = re.compile(r"[Ee]nvironment '(?P<name>[^']+)' (?:was )?(?:not fou
 
 def deploy_error(text: str, code: int, target: Target, environment: str | None) -> GpuctlError:
     """Modal's own error as ours: those that the user can mend say how, with exit code 2."""
-    modal = "gpuctl local modal" if target is Target.LOCAL else "modal"
+    modal = "gpuctl local exec -- modal" if target is Target.LOCAL else "modal"
     inside = f" --env {environment}" if environment and target is Target.MODAL else ""
     secret = _SECRET.search(text)
     if secret:

@@ -197,4 +197,4 @@ def test_modals_errors_are_told_in_one_line(text: str, code: int, says: str) -> 
 
 def test_a_missing_secret_of_the_local_plane() -> None:
     error = deploy_error("Error: Secret 'x' not found", 1, Target.LOCAL, None)
-    assert "gpuctl local modal secret create x --from-dotenv FILE" in str(error.hint)
+    assert "gpuctl local exec -- modal secret create x --from-dotenv FILE" in str(error.hint)
