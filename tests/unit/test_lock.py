@@ -27,7 +27,8 @@ def asked_for() -> list[Requirement]:
     lines = project["dependencies"] + [
         line for extra in project["optional-dependencies"].values() for line in extra
     ]
-    return [Requirement(line) for line in lines]
+    # An extra that takes another one in names the project itself.
+    return [Requirement(line) for line in lines if not line.startswith("gpuctl[")]
 
 
 def version_of(requirement: Requirement) -> str:
