@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from typing import TYPE_CHECKING
 
 from gpuctl.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, GpuctlError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from typer.core import TyperGroup
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None, *, runner: Runner | None = None) -> int:
     """Run one command line (default: `sys.argv[1:]`) and return its exit code. Tests inject a `runner`."""
     try:
-        code = _run(sys.argv[1:] if argv is None else list(argv), runner)
+        with _signals_unwind():
+            code = _run(sys.argv[1:] if argv is None else list(argv), runner)
     except GpuctlError as error:
         _report(error)
         code = error.exit_code
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, runner: Runner | None = None) -> 
     except BrokenPipeError:
         code = EXIT_FAILURE
     except SystemExit as stop:
-        # The parser's own way out of shell completion and of a closed pipe.
+        # The parser's own way out of shell completion and of a closed pipe; and ours of a signal.
         code = stop.code if isinstance(stop.code, int) else EXIT_OK if stop.code is None else EXIT_FAILURE
     except Exception:
         traceback.print_exc()
@@ -45,6 +48,24 @@ def main(argv: Sequence[str] | None = None, *, runner: Runner | None = None) -> 
         code = EXIT_FAILURE
     _close_pipes()
     return code
+
+
+@contextlib.contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that no process that was started outlives the command."""
+
+    def unwind(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(argv: list[str], runner: Runner | None) -> int:

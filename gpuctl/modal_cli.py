@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from gpuctl.errors import usage_error
 from gpuctl.target import Target
@@ -233,6 +233,9 @@ class ProcessRunner:
                 break
             except KeyboardInterrupt:
                 interrupted = True
+            except BaseException:
+                _end(child)
+                raise
         if interrupted or code == -signal.SIGINT:
             raise KeyboardInterrupt
         return code
@@ -277,7 +280,7 @@ def _pump(stream: IO[str] | None, on_line: Callable[[str], None]) -> None:
         on_line(line.rstrip("\n"))
 
 
-def _end(child: subprocess.Popen[str]) -> None:
+def _end(child: subprocess.Popen[Any]) -> None:
     """SIGTERM, and SIGKILL two seconds later."""
     with contextlib.suppress(ProcessLookupError):
         child.terminate()

@@ -13,7 +13,6 @@ import contextlib
 import json
 import queue
 import re
-import signal
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -21,12 +20,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.errors import GpuctlError
-from gpuctl.modal_cli import app_logs_argv
+from gpuctl.modal_cli import app_logs_argv, shown
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gpuctl.cli.console import Console
     from gpuctl.modal_cli import Follower, ModalEnv, Runner
     from gpuctl.tokens import ProxyToken
@@ -35,7 +32,7 @@ STAGES = ("image", "container", "weights", "engine", "first_answer")
 
 DOING = {
     "container": "waiting for a container",
-    "weights": "loading the weights",
+    "weights": "starting vLLM and loading the weights",
     "engine": "starting the engine",
     "first_answer": "asking a first question",
 }
@@ -84,7 +81,11 @@ class LogLine:
 # The line that begins each stage: those that the deployed file prints, and vLLM's own (0.32).
 BEGINS = (
     ("weights", re.compile(r"^\[serve\] container up")),
-    ("engine", re.compile(r"Loading weights took [\d.]+ seconds|Model loading took ")),
+    # The later ones are for weights that are made up (`--load-format dummy`), whose loading it does not log.
+    (
+        "engine",
+        re.compile(r"Loading weights took |Model loading took |KV cache layout|KV cache (?:size|memory):"),
+    ),
     ("first_answer", re.compile(r"^\[serve\] engine listening")),
 )
 READY = re.compile(r"^\[serve\] ready")
@@ -357,8 +358,8 @@ def wait_until_answers(
     prober = _Prober(endpoint, log, reports)
     watch = _Watch(log, endpoint, console, startup_timeout, expect_new_container)
     follower: Follower | None = None
-    console.detail(f"$ {' '.join(argv)}")
-    with _signals_end_it(), console.spinner(DOING["container"]):
+    console.detail(f"$ {shown(argv)}")
+    with console.spinner(DOING["container"]):
         try:
             follower = runner.follow(argv, env, reports.put)
             restarts, restart_at = 0, 0.0
@@ -400,12 +401,12 @@ class _Watch:
         self._expect_new = expect_new
         self._startup_timeout = startup_timeout
         self._began = time.monotonic()
-        self._stage = "container"
+        self._shown_at = 0.0
         self._stage_began = self._began
         self._seconds: dict[str, float] = {}
         self._since: dict[str, float] = {}  # when a refusal of each kind was first met
         self._crashed_at: float | None = None
-        self._shown_at = 0.0
+        self._begin_stage("container")
 
     def line(self, raw: str) -> None:
         if not self._log.add(raw):
@@ -415,7 +416,7 @@ class _Watch:
             self._crashed_at = time.monotonic()
         if self._log.stage != self._stage:
             self._end_stage()
-            self._stage = self._log.stage
+            self._begin_stage(self._log.stage)
 
     def asked(self, asked: Asked) -> Ready | None:
         """Judge one attempt; the stages' seconds with the answer, None to go on."""
@@ -476,6 +477,12 @@ class _Watch:
             self._shown_at = now
             self._console.progress(f"{DOING[self._stage]} … {now - self._stage_began:.0f} s")
 
+    def _begin_stage(self, stage: str) -> None:
+        self._stage = stage
+        self._shown_at = 0.0
+        if not self._console.live:
+            self._console.say(f"  {DOING[stage]} …")
+
     def _end_stage(self) -> None:
         now = time.monotonic()
         self._seconds[self._stage] = round(now - self._stage_began, 3)
@@ -490,21 +497,3 @@ class _Watch:
         tail = self._log.tail()
         if tail:
             self._console.error_block(f"the last {len(tail)} lines of its log:", tail)
-
-
-@contextlib.contextmanager
-def _signals_end_it() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C does, so that the log follower never outlives the wait."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def unwind(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
