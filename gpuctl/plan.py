@@ -58,19 +58,17 @@ def plan_serve(spec: ServeSpec, *, argv: Sequence[str], revision: str | None = N
 def command_of(argv: Sequence[str], target: Target) -> Iterator[str]:
     """The command without what only says how to show it, and with the target that the environment gave."""
     words = list(argv)
-    own = words[: words.index("--")] if "--" in words else words
+    end = words.index("--") if "--" in words else len(words)
+    own, engines = words[:end], words[end:]
     if target is Target.LOCAL and "--local" not in own:
-        words.insert(1, "--local")
-        own = [*own[:1], "--local", *own[1:]]
-    skip = False
-    for word in own:
-        if skip:
-            skip = False
-        elif word in _ONLY_TALK_WITH_VALUE:
-            skip = True
+        own.insert(1, "--local")
+    rest = iter(own)
+    for word in rest:
+        if word in _ONLY_TALK_WITH_VALUE:
+            next(rest, None)
         elif word not in _ONLY_TALK and word.partition("=")[0] not in _ONLY_TALK_WITH_VALUE:
             yield word
-    yield from words[len(own) :]
+    yield from engines
 
 
 def _notes(spec: ServeSpec) -> Iterator[str]:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from gpuctl import __version__
+from gpuctl.cli.texts import take_as_typed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +59,7 @@ def _load(verb: Verb) -> Command:
     made._add_completion = False  # `--install-completion` belongs to `gpuctl` itself, once
     command: Command = typer.main.get_command(made)
     command.name = verb.name
+    take_as_typed(command)
     return command
 
 
@@ -130,4 +132,5 @@ def command() -> TyperGroup:
     """The whole command line as one command object, for the boundary, for tests and for the docs."""
     made = typer.main.get_command(app)
     assert isinstance(made, TyperGroup)
+    take_as_typed(made)
     return made

