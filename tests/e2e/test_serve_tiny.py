@@ -126,8 +126,8 @@ def test_an_engine_that_is_killed_is_seen(
         )
 
     assert wait_for(reported, 30), gpuctl.ok("logs", served["name"], "--local")
-    # It is replaced: 503 until then, which the client is told to retry.
-    answer = client.with_options(max_retries=40, timeout=120).chat.completions.create(
+    # It is replaced: 503 until then, and the client asks again every second or less often.
+    answer = client.with_options(max_retries=150, timeout=120).chat.completions.create(
         model=served["model"], messages=[{"role": "user", "content": "Are you there?"}], max_tokens=4
     )
     assert answer.choices[0].message.content
