@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,12 +94,23 @@ def _notes(spec: ServeSpec) -> Iterator[str]:
     for package in spec.pip:
         if "==" not in package and "@" not in package:
             yield f"--pip {package}: not an exact version (NAME==VERSION), so another build may get another one"
+    since = spec.engine_build.since
+    if since is not None and _release(spec.vllm_version) < _release(since):
+        yield (
+            f"--vllm-version {spec.vllm_version}: the image, {spec.engine_build.base}, suits vLLM since {since}; "
+            "older ones are built for CUDA 12, and what they compile at start may fail"
+        )
     if not spec.auth:
         yield "--no-auth: whoever has the URL can use the endpoint"
     if spec.target is Target.LOCAL:
         yield from _local_notes(spec)
     elif spec.gpu is not None:
         yield _cost(spec, spec.gpu.choices)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The three numbers of a version, which `--vllm-version` has checked."""
+    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:3])
 
 
 def _local_notes(spec: ServeSpec) -> Iterator[str]:

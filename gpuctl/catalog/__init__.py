@@ -61,6 +61,7 @@ class Build:
     base: str | None  # the registry image; None: Debian slim
     python: str
     package: str
+    since: str | None  # the oldest version that the base suits
     index: str | None
     remove: tuple[str, ...]
     args: tuple[str, ...]
@@ -139,6 +140,7 @@ def _build(row: Mapping[str, Any]) -> Build:
         base=row.get("base"),
         python=row["python"],
         package=row["package"],
+        since=row.get("since"),
         index=row.get("index"),
         remove=tuple(row.get("remove", ())),
         args=tuple(row["args"]),

@@ -103,5 +103,7 @@ def test_the_most_that_it_can_cost(options: dict[str, Any], dollars: str) -> Non
 def test_other_warnings() -> None:
     assert "whoever has the URL" in notes(auth=False)
     assert "--gpu any" in notes(gpu="any")
+    assert "suits vLLM since 0.20.0" in notes(vllm_version="0.9.2")
+    assert "suits vLLM" not in notes(vllm_version="0.31.0")
     assert "not an exact version" in notes(pip=["einops"])
     assert "not an exact version" not in notes(pip=["einops==0.8.1"])
