@@ -6,6 +6,7 @@ Nothing is decided here that the plan has not decided; `--dry-run` shows the sam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import __version__
-from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.files import write_private
 from gpuctl.modal_cli import check_version, deploy_argv, server_info_argv, shown
 from gpuctl.paths import state_dir
@@ -32,6 +33,7 @@ from gpuctl.target import Target
 from gpuctl.tokens import workspace_token
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from gpuctl.cli.console import Console
@@ -93,10 +95,10 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
 
     records = Records(state_dir())
     previous = records.get(spec.target, environment, spec.name)
-    file = _write_source(plan, environment)
     began = time.time()
-    console.say(f"deploying {spec.name} from {file}")
-    output = _deploy(plan, file, env, runner, console)
+    with _source_file(plan, environment) as file:
+        console.say(f"deploying {spec.name} from {file}")
+        output = _deploy(plan, file, env, runner, console)
     seconds = {"image": round(time.time() - began, 3)}
     app_id, url = _identity(plan, output, env, runner, console)
     record = _record(plan, file, environment, app_id, url, modal_version)
@@ -143,12 +145,26 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
     return deployed
 
 
-def _write_source(plan: Plan, environment: str) -> Path:
-    """Where the deployed file is kept: the user can read it, edit it and deploy it without gpuctl."""
+@contextlib.contextmanager
+def _source_file(plan: Plan, environment: str) -> Iterator[Path]:
+    """Where the deployed file is kept: the user can read it, edit it and deploy it without gpuctl.
+
+    A command that turns out to be wrong (exit code 2) leaves what was there before.
+    """
     folder = state_dir() / "apps" / plan.spec.target.value / environment / plan.spec.name
     file = folder / FILE_NAME
+    before = file.read_text(encoding="utf-8") if file.exists() else None
     write_private(file, plan.source)
-    return file
+    try:
+        yield file
+    except GpuctlError as error:
+        if error.exit_code == EXIT_USAGE and before is not None:
+            write_private(file, before)
+        elif error.exit_code == EXIT_USAGE:
+            file.unlink()
+            with contextlib.suppress(OSError):  # the client may have left a __pycache__
+                folder.rmdir()
+        raise
 
 
 # -- modal deploy

@@ -210,7 +210,18 @@ class Log:
         return list(self._lines)
 
     def tail(self) -> list[str]:
-        return [line for line in self._lines if line.strip()][-TAIL:]
+        """Its last lines; without the traceback of the file that was deployed, which says the crash again."""
+        kept: list[str] = []
+        crashed = skipping = False
+        for line in self._lines:
+            crashed = crashed or line == self.crash
+            if skipping:
+                skipping = line.startswith(" ")  # the first line that is not indented is the exception
+            elif crashed and line.startswith("Traceback (most recent call last):"):
+                skipping = True
+            elif line.strip():
+                kept.append(line)
+        return kept[-TAIL:]
 
 
 # -- the endpoint

@@ -157,6 +157,7 @@ def test_a_failed_deploy_is_told_once_and_leaves_no_record() -> None:
     assert "not found" not in err.getvalue()  # the boundary prints it
     assert failed.value.exit_code == 2
     assert Records(state_dir()).all() == []
+    assert not list(state_dir().rglob("endpoint.py"))
 
 
 def test_ctrl_c_in_the_wait_leaves_it_deployed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,9 @@ def test_a_crash_ends_the_wait_at_once() -> None:
             *(f"line {n}" for n in range(40)),
             "api_server.py: error: unrecognized arguments: --no-such-flag",
             "[serve] engine exited with code 2 before it was ready",
+            "Traceback (most recent call last):",
+            '  File "/root/endpoint.py", line 111, in start',
+            "RuntimeError: vLLM exited with code 2 before it was ready",
         ]
     )
     started = time.monotonic()
@@ -102,6 +105,7 @@ def test_a_crash_ends_the_wait_at_once() -> None:
     said = stderr.getvalue()
     assert "unrecognized arguments: --no-such-flag" in said
     assert "line 39" in said
+    assert "RuntimeError" not in said  # the same again
     assert "line 5\n" not in said  # the last twenty only
     assert runner.followers[0].cancelled
 
