@@ -31,7 +31,8 @@ def _folders() -> tuple[Path, Path]:
 @local_app.command()
 def up(
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="The port on 127.0.0.1; by default last time's, or a free one.")
+        int | None,
+        typer.Option(min=1, max=65535, help="The port on 127.0.0.1; by default last time's, or a free one."),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -56,7 +57,9 @@ def down(quiet: Quiet = False) -> None:
     was_up = client.running(state_dir) is not None
     client.down(state_dir)
     if not quiet:
-        typer.echo("The local control plane is down." if was_up else "The local control plane was not up.", err=True)
+        typer.echo(
+            "The local control plane is down." if was_up else "The local control plane was not up.", err=True
+        )
 
 
 @local_app.command()
@@ -68,7 +71,9 @@ def status(json: Json = False) -> None:
     plane = client.running(state_dir)
     if json:
         document = {"up": plane is not None, "state_dir": str(state_dir), "cache_dir": str(cache_dir)}
-        _print_json(document | ({"pid": plane.pid, "url": plane.url} if plane else {"pid": None, "url": None}))
+        _print_json(
+            document | ({"pid": plane.pid, "url": plane.url} if plane else {"pid": None, "url": None})
+        )
     elif plane:
         typer.echo(f"up: {plane.url} (pid {plane.pid}), state in {state_dir}")
     else:
@@ -113,10 +118,17 @@ def env() -> None:
 
 
 @local_app.command(
-    "exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+    "exec",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
 )
 def exec_(
-    command: Annotated[list[str], typer.Argument(help="The command, after --: gpuctl local exec -- modal run app.py")],
+    command: Annotated[
+        list[str], typer.Argument(help="The command, after --: gpuctl local exec -- modal run app.py")
+    ],
 ) -> None:
     """Run a command with the modal client pointed here; the plane is started where needed."""
     import os

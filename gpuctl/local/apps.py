@@ -6,15 +6,14 @@ import asyncio
 import difflib
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2
 
 from gpuctl.local.environments import Environments, check_name
 from gpuctl.local.ids import new_id
 from gpuctl.local.store import App, Deployment, Layout, Store
-from gpuctl.local.wire import WORKSPACE, Call, conflict, invalid, not_found, rpc
+from gpuctl.local.wire import WORKSPACE, Call, conflict, empty, invalid, not_found, rpc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -148,14 +147,14 @@ class Apps:
     @rpc("AppHeartbeat")
     async def heartbeat(self, request: Any, _call: Call) -> Any:
         self._heartbeats[self.require(request.app_id).id] = time.monotonic()
-        return Empty()
+        return empty()
 
     @rpc("AppClientDisconnect")
     async def disconnect(self, request: Any, _call: Call) -> Any:
         app = self.require(request.app_id)
         if app.state in _CLIENT_BOUND:
             await self.stop_app(app)
-        return Empty()
+        return empty()
 
     # ---- deployment
 
@@ -285,7 +284,7 @@ class Apps:
     @rpc("AppStop", differs="answers when every container has ended")
     async def stop(self, request: Any, _call: Call) -> Any:
         await self.stop_app(self.require(request.app_id))
-        return Empty()
+        return empty()
 
     # ---- questions
 
@@ -332,7 +331,7 @@ class Apps:
                 app_id=app.id,
                 description=app.name,
                 name=app.name if app.state == DEPLOYED else "",
-                state=app.state,
+                state=cast("Any", app.state),
                 created_at=app.created_at,
                 stopped_at=app.stopped_at,
                 n_running_tasks=running.get(app.id, 0),
@@ -406,7 +405,7 @@ class Apps:
     @rpc("AppSetTags")
     async def set_tags(self, request: Any, _call: Call) -> Any:
         self._store.set_app(self.require(request.app_id).id, tags=_tags(request.tags))
-        return Empty()
+        return empty()
 
     @rpc("ObjectSuggest")
     async def suggest(self, request: Any, _call: Call) -> Any:
@@ -438,12 +437,12 @@ class Apps:
         for app in self._store.apps(environment_id=environment.id):
             await self.stop_app(app)
         self._store.delete_environment(environment.id)
-        return Empty()
+        return empty()
 
 
 def _lifecycle(app: App) -> Any:
     return api_pb2.AppLifecycle(
-        app_state=app.state,
+        app_state=cast("Any", app.state),
         created_at=app.created_at,
         created_by=WORKSPACE,
         deployed_at=app.deployed_at,

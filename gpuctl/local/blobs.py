@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import hmac
 import secrets
+import shutil
 import urllib.parse
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +25,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CHUNK = 1 << 20
+_HEX = frozenset("0123456789abcdef")
 
 
 class Blobs:
     """Content-addressed files under `folder`, and the signed URLs that lead to them.
 
-    `folder/files/<sha256>` holds mounted files and Volume blocks, `folder/blobs/<id>` what BlobCreate announced.
+    `folder/files/<sha256>` holds mounted files, `folder/blobs/<id>` what BlobCreate announced, `folder/blocks/` the
+    blocks of uploads that are under way, under names of their own: two uploads never share one.
     """
 
     def __init__(self, folder: Path, key: bytes) -> None:
         self._files = folder / "files"
         self._blobs = folder / "blobs"
+        self._blocks = folder / "blocks"
         self._key = key
         self._runner: web.ServerRunner | None = None
         self._base = ""
         self._readers: dict[str, Callable[[str, int], bytes]] = {}
-        for directory in (self._files, self._blobs):
+        shutil.rmtree(self._blocks, ignore_errors=True)  # uploads that an earlier plane did not see through
+        for directory in (self._files, self._blobs, self._blocks):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def start(self) -> None:
@@ -76,9 +81,16 @@ class Blobs:
             raise invalid("The data does not have the SHA-256 that was given for it.")
         self._write(self._files / sha256_hex, data, 0o644)
 
-    def drop(self, sha256_hex: str) -> None:
-        """Forget a file (the block of an upload that is done)."""
-        (self._files / _checked_hash(sha256_hex)).unlink(missing_ok=True)
+    def block_url(self, sha256_hex: str) -> str:
+        """Where a block with this hash may be PUT. The answer to that is its name."""
+        return self.url(f"/block/{secrets.token_hex(16)}/{_checked_hash(sha256_hex)}")
+
+    def block(self, name: bytes) -> Path | None:
+        """The block of that name."""
+        text = name.decode("ascii", errors="replace")
+        if len(text) != 32 or not set(text) <= _HEX or not (self._blocks / text).exists():
+            return None
+        return self._blocks / text
 
     def blob(self, blob_id: str) -> bytes:
         """Raises NOT_FOUND for one that was never uploaded."""
@@ -131,7 +143,8 @@ class Blobs:
         if request.method == "PUT" and kind == "blob":
             return await self._receive(request, self._blobs / rest)
         if request.method == "PUT" and kind == "block":
-            return await self._receive(request, None)
+            name, _, expected = rest.partition("/")
+            return await self._receive(request, self._blocks / name, expected)
         if request.method == "GET" and kind == "blob" and (self._blobs / rest).exists():
             return web.FileResponse(self._blobs / rest)
         if request.method == "GET" and kind in self._readers:
@@ -142,29 +155,30 @@ class Blobs:
                 return web.Response(status=404, text=f"{error}\n")
         return web.Response(status=404)
 
-    async def _receive(self, request: web.BaseRequest, path: Path | None) -> web.Response:
-        """Take a body in; without a path its own hash names it. Answers as S3 does: the MD5 as ETag.
-
-        The client sends the answer to a block back in VolumePutFiles2, so that answer is the block's SHA-256.
-        """
+    async def _receive(self, request: web.BaseRequest, path: Path, expected: str = "") -> web.Response:
+        """Take a body in. Answers as S3 does, with the MD5 as ETag; the body of the answer is the file's name."""
         md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-        part = self._files / f".{secrets.token_hex(8)}"
+        part = path.with_name(f".{secrets.token_hex(8)}")
         try:
             with part.open("wb") as file:
                 async for data in request.content.iter_chunked(_CHUNK):
                     file.write(data)
                     md5.update(data)
                     sha256.update(data)
-            part.replace(path or self._files / sha256.hexdigest())
+            if expected and sha256.hexdigest() != expected:
+                return web.Response(
+                    status=400, text="the data does not have the SHA-256 that was given for it\n"
+                )
+            part.replace(path)
         except OSError as error:
             return web.Response(status=507, text=f"could not be kept: {error}\n")
         finally:
             part.unlink(missing_ok=True)
-        return web.Response(body=sha256.hexdigest().encode(), headers={"ETag": f'"{md5.hexdigest()}"'})
+        return web.Response(body=path.name.encode(), headers={"ETag": f'"{md5.hexdigest()}"'})
 
 
 def _checked_hash(sha256_hex: str) -> str:
     """A hash becomes a file name: nothing but 64 hexadecimal digits gets through."""
-    if len(sha256_hex) != 64 or not set(sha256_hex) <= set("0123456789abcdef"):
+    if len(sha256_hex) != 64 or not set(sha256_hex) <= _HEX:
         raise invalid(f"'{sha256_hex}' is not a SHA-256 in hexadecimal.")
     return sha256_hex

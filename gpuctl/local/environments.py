@@ -6,7 +6,6 @@ import re
 import time
 from typing import Any
 
-from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2
 
 from gpuctl.local.ids import new_id
@@ -17,6 +16,7 @@ from gpuctl.local.wire import (
     Call,
     already_exists,
     conflict,
+    empty,
     invalid,
     not_found,
     rpc,
@@ -71,7 +71,7 @@ class Environments:
     @rpc("EnvironmentCreate", differs="roles and restrictions are not kept")
     async def create(self, request: Any, _call: Call) -> Any:
         self._create(request.name)
-        return Empty()
+        return empty()
 
     def _create(self, name: str) -> None:
         if not _NAME.fullmatch(name) or name.lower().startswith("en-"):

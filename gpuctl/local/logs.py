@@ -6,13 +6,12 @@ import asyncio
 import io
 import time
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from modal_proto import api_pb2
 
 from gpuctl.local.store import LogFilter, LogRow, Store
-from gpuctl.local.wire import Call, not_found, rpc
+from gpuctl.local.wire import Call, not_found, rpc, timestamp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -131,7 +130,7 @@ class Logs:
         buckets: dict[int, Any] = {}
         for start, source, rows in self._store.count_logs(self._filter(request), request.bucket_secs or 60):
             bucket = buckets.setdefault(
-                start, api_pb2.AppCountLogsResponse.LogBucket(bucket_start_at=Timestamp(seconds=start))
+                start, api_pb2.AppCountLogsResponse.LogBucket(bucket_start_at=timestamp(start))
             )
             if source == STDOUT:
                 bucket.stdout_logs += rows
@@ -167,7 +166,7 @@ def _batches(rows: Iterable[LogRow]) -> list[Any]:
         items = [
             api_pb2.TaskLogs(
                 data=row.data,
-                file_descriptor=row.source,
+                file_descriptor=cast("Any", row.source),
                 timestamp=row.at,
                 timestamp_ns=int(row.at * 1e9),
                 container_id=task_id,

@@ -8,11 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from modal_proto import api_pb2
 
 from gpuctl.local.ids import content_id
-from gpuctl.local.wire import Call, invalid, not_found, rpc
+from gpuctl.local.wire import Call, invalid, not_found, rpc, timestamp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,10 +70,9 @@ class Mounts:
     @rpc("MountBatchedCheckExistence")
     async def check(self, request: Any, _call: Call) -> Any:
         missing = [h for h in request.sha256_hex_hashes if self._blobs.file(h) is None]
-        now = time.time()
         return api_pb2.MountBatchedCheckExistenceResponse(
             missing_sha256_hex_hashes=missing,
-            checked_at=Timestamp(seconds=int(now), nanos=int(now % 1 * 1e9)),
+            checked_at=timestamp(time.time()),
         )
 
     @rpc("MountPutFile")

@@ -10,12 +10,11 @@ import hmac
 import time
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2
 
 from gpuctl.local.ids import new_id
 from gpuctl.local.store import ProxyToken, Store
-from gpuctl.local.wire import WORKSPACE, Call, not_found, rpc
+from gpuctl.local.wire import WORKSPACE, Call, empty, not_found, rpc
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +70,7 @@ class ProxyTokens:
     async def delete(self, request: Any, _call: Call) -> Any:
         self._require(request.token_id)
         self._store.delete_proxy_token(request.token_id)
-        return Empty()
+        return empty()
 
     def _require(self, token_id: str) -> ProxyToken:
         row = self._store.proxy_token(token_id)

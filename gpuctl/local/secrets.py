@@ -14,13 +14,12 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2
 
 from gpuctl.local.environments import Environments, check_name
 from gpuctl.local.ids import content_id, is_id, new_id
 from gpuctl.local.store import Secret, Store
-from gpuctl.local.wire import WORKSPACE, Call, already_exists, not_found, rpc
+from gpuctl.local.wire import WORKSPACE, Call, already_exists, empty, not_found, rpc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -142,11 +141,11 @@ class Secrets:
             else:
                 values.pop(change.key, None)
         self._write(request.secret_id, values)
-        return Empty()
+        return empty()
 
     @rpc("SecretDelete")
     async def delete(self, request: Any, _call: Call) -> Any:
         self._read(request.secret_id)
         self._store.delete_secret(request.secret_id)
         (self._folder / request.secret_id).unlink(missing_ok=True)
-        return Empty()
+        return empty()

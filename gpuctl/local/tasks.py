@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.empty_pb2 import Empty
+from grpclib import GRPCError
 from modal_proto import api_pb2
 
 from gpuctl.errors import GpuctlError
@@ -26,7 +26,7 @@ from gpuctl.local.containers import Container, ContainerRuntime, ContainerSpec, 
 from gpuctl.local.ids import new_id
 from gpuctl.local.logs import STDERR, STDOUT, Logs
 from gpuctl.local.store import Deployment, Function, Store, TaskRow
-from gpuctl.local.wire import Call, conflict, invalid, not_found, rpc
+from gpuctl.local.wire import Call, conflict, empty, invalid, not_found, rpc
 
 if TYPE_CHECKING:
     from gpuctl.local.environments import Environments
@@ -132,7 +132,7 @@ class Tasks:
             message = (
                 error.problems[0] if isinstance(error, GpuctlError) else str(getattr(error, "message", error))
             )
-            if not isinstance(error, GpuctlError):
+            if not isinstance(error, GpuctlError | GRPCError):
                 log.warning("container %s could not be started", task.id, exc_info=True)
             task.failure = message
             self._logs.say(
@@ -253,7 +253,7 @@ class Tasks:
 
     @rpc("ContainerHello", "ContainerLog")
     async def hello(self, _request: Any, _call: Call) -> Any:
-        return Empty()
+        return empty()
 
     @rpc("ContainerHeartbeat")
     async def heartbeat(self, _request: Any, _call: Call) -> Any:
@@ -262,14 +262,14 @@ class Tasks:
     @rpc("ContainerServerLifecycleReady")
     async def ready(self, _request: Any, call: Call) -> Any:
         self._caller(call).announced.set()
-        return Empty()
+        return empty()
 
     @rpc("TaskResult")
     async def result(self, request: Any, call: Call) -> Any:
         task = self._caller(call)
         if request.result.status != api_pb2.GenericResult.GENERIC_STATUS_SUCCESS:
             task.failure = (request.result.exception or "its code failed").partition("\n")[0]
-        return Empty()
+        return empty()
 
     # ---- what the client asks
 

@@ -12,13 +12,12 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2
 
 from gpuctl.local.environments import Environments, check_name
 from gpuctl.local.ids import is_id, new_id
 from gpuctl.local.store import Store, Volume
-from gpuctl.local.wire import WORKSPACE, Call, already_exists, conflict, invalid, not_found, rpc
+from gpuctl.local.wire import WORKSPACE, Call, already_exists, conflict, empty, invalid, not_found, rpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -121,18 +120,18 @@ class Volumes:
         if self._store.volume_named(row.environment_id, check_name(request.name, "Volume")):
             raise already_exists(f"Volume '{request.name}' already exists.")
         self._store.rename_volume(row.id, request.name)
-        return Empty()
+        return empty()
 
     @rpc("VolumeDelete")
     async def delete(self, request: Any, _call: Call) -> Any:
         root = self.root(request.volume_id)
         self._store.delete_volume(request.volume_id)
         shutil.rmtree(root, ignore_errors=True)
-        return Empty()
+        return empty()
 
     @rpc("VolumeHeartbeat", differs="an ephemeral Volume stays until it is deleted")
     async def heartbeat(self, _request: Any, _call: Call) -> Any:
-        return Empty()
+        return empty()
 
     @rpc("VolumeCommit", differs=_SHARED)
     async def commit(self, request: Any, _call: Call) -> Any:
@@ -142,7 +141,7 @@ class Volumes:
     @rpc("VolumeReload", differs=_SHARED)
     async def reload(self, request: Any, _call: Call) -> Any:
         self.root(request.volume_id)
-        return Empty()
+        return empty()
 
     # ---- their files
 
@@ -157,8 +156,8 @@ class Volumes:
             if request.disallow_overwrite_existing_files and target.exists():
                 raise already_exists(f"'{file.path}' already exists.")
             for number, block in enumerate(file.blocks):
-                if self._blobs.file(block.contents_sha256.hex()) is None:
-                    url = self._blobs.url(f"/block/{block.contents_sha256.hex()}")
+                if self._blobs.block(block.put_response) is None:
+                    url = self._blobs.block_url(block.contents_sha256.hex())
                     missing.append(
                         api_pb2.VolumePutFiles2Response.MissingBlock(
                             file_index=index, block_index=number, put_url=url
@@ -170,7 +169,8 @@ class Volumes:
             await asyncio.to_thread(self._assemble, file, target)
         for file in request.files:
             for block in file.blocks:
-                self._blobs.drop(block.contents_sha256.hex())
+                if path := self._blobs.block(block.put_response):
+                    path.unlink(missing_ok=True)
         return api_pb2.VolumePutFiles2Response()
 
     def _assemble(self, file: Any, target: Path) -> None:
@@ -180,7 +180,7 @@ class Volumes:
         try:
             with part.open("wb") as output:
                 for block in file.blocks:
-                    source = self._blobs.file(block.contents_sha256.hex())
+                    source = self._blobs.block(block.put_response)
                     if source is None:
                         raise conflict("A block of this upload is gone; upload the file again.")
                     with source.open("rb") as data:
@@ -237,7 +237,7 @@ class Volumes:
             shutil.rmtree(path)
         else:
             path.unlink()
-        return Empty()
+        return empty()
 
     @rpc("VolumeCopyFiles2")
     async def copy_files(self, request: Any, _call: Call) -> Any:
@@ -256,7 +256,7 @@ class Volumes:
                 shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
             else:
                 shutil.copy2(source, place)
-        return Empty()
+        return empty()
 
 
 def _walk(top: Path, recursive: bool) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from google.protobuf import empty_pb2, timestamp_pb2  # type: ignore[import-untyped]
 from grpclib import GRPCError, Status
 
 IMAGE_BUILDER_VERSION = (
@@ -68,6 +69,16 @@ def collect(*nouns: object) -> dict[str, Endpoint]:
                 raise ValueError(f"{name} has two handlers")
             endpoints[name] = Endpoint(name, differs, getattr(noun, attribute))
     return endpoints
+
+
+def empty() -> Any:
+    """The answer that says nothing but "done"."""
+    return empty_pb2.Empty()
+
+
+def timestamp(seconds: float) -> Any:
+    """Seconds since 1970 as a protobuf Timestamp."""
+    return timestamp_pb2.Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
 
 
 def not_found(message: str) -> Exception:

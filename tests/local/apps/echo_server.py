@@ -25,7 +25,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/headers":
             self.answer(json.dumps({"path": self.path, "headers": list(self.headers.items())}).encode())
         elif path == "/who":
-            self.answer(json.dumps({"task": os.environ["MODAL_TASK_ID"], "version": os.environ["T_VERSION"]}).encode())
+            self.answer(
+                json.dumps({"task": os.environ["MODAL_TASK_ID"], "version": os.environ["T_VERSION"]}).encode()
+            )
         elif path == "/slow":
             time.sleep(float(self.path.partition("?")[2] or 1))
             self.answer(b'"slow"')
@@ -50,7 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(b'"hello"')
 
-    do_HEAD = do_GET
+    def do_HEAD(self):
+        self.do_GET()
 
     def do_POST(self):
         digest = hashlib.sha256()
@@ -77,7 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(101)
         self.send_header("Upgrade", "websocket")
         self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+        self.send_header(
+            "Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        )
         self.end_headers()
         while True:
             first, second = self.rfile.read(2)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import modal
 
@@ -14,7 +15,9 @@ def number(name: str, default: int) -> int:
 
 
 @app.server(
-    image=modal.Image.debian_slim().add_local_file(os.path.join(os.path.dirname(__file__), "echo_server.py"), "/root/echo_server.py"),
+    image=modal.Image.debian_slim().add_local_file(
+        Path(__file__).with_name("echo_server.py"), "/root/echo_server.py"
+    ),
     port=8000,
     routing_region="us-east",
     unauthenticated=os.environ.get("T_OPEN") == "1",
@@ -25,7 +28,11 @@ def number(name: str, default: int) -> int:
     target_concurrency=number("T_TARGET", 2),
     max_concurrency=number("T_LIMIT", 2),
     scaledown_window=number("T_SCALEDOWN", 60),
-    secrets=[modal.Secret.from_dict({"T_MODE": os.environ.get("T_MODE", ""), "T_VERSION": os.environ.get("T_VERSION", "1")})],
+    secrets=[
+        modal.Secret.from_dict(
+            {"T_MODE": os.environ.get("T_MODE", ""), "T_VERSION": os.environ.get("T_VERSION", "1")}
+        )
+    ],
     volumes={"/data": modal.Volume.from_name(f"{NAME}-data", create_if_missing=True)},
 )
 class Server:
@@ -44,7 +51,7 @@ class Server:
     @modal.exit()
     def stop(self):
         print("exit: hook ran", flush=True)
-        with open("/data/exits", "a") as file:
+        with Path("/data/exits").open("a") as file:
             file.write("exit\n")
         self.process.terminate()
         self.process.wait()
