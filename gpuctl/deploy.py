@@ -7,10 +7,14 @@ Nothing is decided here that the plan has not decided; `--dry-run` shows the sam
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import os
 import re
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import __version__
@@ -28,13 +32,12 @@ from gpuctl.records import (
     SourceRecord,
     now,
 )
-from gpuctl.snippets import Use, curl, openai_client
+from gpuctl.snippets import Use, curl, found_as, openai_client
 from gpuctl.target import Target
 from gpuctl.tokens import workspace_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from gpuctl.cli.console import Console
     from gpuctl.modal_cli import ModalEnv, Runner
@@ -103,15 +106,7 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
     app_id, url = _identity(plan, output, env, runner, console)
     record = _record(plan, file, environment, app_id, url, modal_version)
     records.save(record)
-    use = Use(
-        name=spec.name,
-        target=spec.target,
-        environment=spec.environment,
-        base_url=record.base_url,
-        model=record.model.served_name,
-        auth=spec.auth,
-        startup_timeout=spec.startup_timeout,
-    )
+    use = _use(plan, record)
     console.done(f"image and deployment: {seconds['image']:.1f} s")
     if wait:
         replaces = previous is not None and previous.running
@@ -321,6 +316,25 @@ def _record(
 
 
 # -- after it
+
+
+def _use(plan: Plan, record: DeploymentRecord) -> Use:
+    """What to paste, with commands that are found from where the user stands (`.venv/bin/gpuctl` may be off PATH)."""
+    own = Path(sys.executable).parent
+    here, path = Path.cwd(), os.environ.get("PATH", os.defpath)
+    has_openai = importlib.util.find_spec("openai") is not None
+    return Use(
+        name=record.name,
+        target=record.target,
+        environment=plan.spec.environment,
+        base_url=record.base_url,
+        model=record.model.served_name,
+        auth=record.auth,
+        startup_timeout=plan.spec.startup_timeout,
+        gpuctl=found_as(own / "gpuctl", folder=here, path=path),
+        python=found_as(own / "python3", folder=here, path=path) if has_openai else "python3",
+        has_openai=has_openai,
+    )
 
 
 def _wait(

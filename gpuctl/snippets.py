@@ -1,14 +1,16 @@
 """What to paste to use a deployment: a curl command and a Python program, both of which retry 503 and 429.
 
 A Modal Server answers 503 while no container is up and 429 above its limit, and does not queue: clients must
-retry. Pure functions. May import: `gpuctl.target`.
+retry. May import: `gpuctl.target`.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from gpuctl.target import Target
 
@@ -24,6 +26,9 @@ class Use:
     model: str
     auth: bool
     startup_timeout: int  # seconds: clients should be as patient as the first container needs
+    gpuctl: str = "gpuctl"  # how this shell finds it
+    python: str = "python3"  # one that has the OpenAI client
+    has_openai: bool = True
 
     @property
     def flags(self) -> str:
@@ -33,15 +38,15 @@ class Use:
 
     @property
     def token_command(self) -> str:
-        return f"gpuctl token {self.name}{self.flags}"
+        return f"{self.gpuctl} token {self.name}{self.flags}"
 
     @property
     def logs_command(self) -> str:
-        return f"gpuctl logs {self.name} -f{self.flags}"
+        return f"{self.gpuctl} logs {self.name} -f{self.flags}"
 
     @property
     def stop_command(self) -> str:
-        return f"gpuctl stop {self.name}{self.flags}"
+        return f"{self.gpuctl} stop {self.name}{self.flags}"
 
 
 def curl(use: Use) -> str:
@@ -72,5 +77,18 @@ def openai_client(use: Use) -> str:
             "print(answer.choices[0].message.content)",
         ]
     ).lstrip("\n")
+    install = "" if use.has_openai else "pip install openai\n"
     export = f"export OPENAI_API_KEY=$({use.token_command})\n" if use.auth else ""
-    return f"{export}python3 - <<'EOF'\n{program}\nEOF"
+    return f"{install}{export}{use.python} - <<'EOF'\n{program}\nEOF"
+
+
+def found_as(program: Path, *, folder: Path, path: str) -> str:
+    """How a shell in `folder` with this PATH finds `program`: by its name, else by the shortest path, quoted."""
+    on_path = shutil.which(program.name, path=path)
+    # Compared by folder: the `python` of a virtual environment is a link to another's.
+    if on_path is not None and Path(on_path).parent.resolve() == program.parent.resolve():
+        return program.name
+    if program.is_relative_to(folder):
+        below = str(program.relative_to(folder))
+        return shlex.quote(below if "/" in below else f"./{below}")
+    return shlex.quote(str(program))

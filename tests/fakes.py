@@ -105,7 +105,7 @@ def endpoint(*answers: tuple[int, str]) -> Iterator[FakeEndpoint]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             status, text = answers[min(len(fake.requests), len(answers) - 1)]
-            fake.requests.append((dict(self.headers), json.loads(body)))
+            fake.requests.append(({k.title(): v for k, v in self.headers.items()}, json.loads(body)))
             self.send_response(status)
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
