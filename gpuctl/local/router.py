@@ -11,6 +11,7 @@ import contextlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
@@ -21,7 +22,6 @@ from yarl import URL
 from gpuctl.local.proxy_tokens import bearer_token
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import TracebackType
 
 # RFC 9110, section 7.6.1: these speak of one connection, not of the message.
@@ -50,6 +50,10 @@ _WEBSOCKET = frozenset(
         "sec-websocket-accept",
     )
 )
+# Addresses as /proc/net/tcp writes them: four bytes at a time, in the machine's order.
+_TCP_LISTEN = "0A"
+_LOOPBACK_V4 = ("00000000", "0100007F")
+_LOOPBACK_V6 = ("0" * 32, "0000000000000000FFFF00000100007F")
 _AUTOMATIC = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
 
@@ -98,24 +102,27 @@ class Upstream:
             )
         return self._session
 
-    async def accepts(self) -> bool:
-        """Whether something listens on the port: if not, the connection is closed at once."""
-        try:
-            reader, writer = await asyncio.open_unix_connection(str(self._path))
-        except OSError:
-            return False
-        try:
-            return not await asyncio.wait_for(reader.read(1), 0.05)
-        except TimeoutError:
-            return True
-        except OSError:
-            return False
-        finally:
-            writer.close()
-
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether something accepts connections to 127.0.0.1:`port` in the network that process `pid` lives in.
+
+    Read from the kernel's table and not tried: a connection would be the app's first, and it would log it.
+    """
+    for table, any_or_loopback in (("tcp", _LOOPBACK_V4), ("tcp6", _LOOPBACK_V6)):
+        try:
+            lines = Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            local, state = line.split()[1], line.split()[3]
+            address, _, number = local.partition(":")
+            if state == _TCP_LISTEN and int(number, 16) == port and address in any_or_loopback:
+                return True
+    return False
 
 
 class Router:
@@ -224,19 +231,23 @@ class Router:
             await outer.prepare(request)
             pumps = {asyncio.create_task(_pump(outer, inner)), asyncio.create_task(_pump(inner, outer))}
             try:
-                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                code = done.pop().result()
             finally:
                 for pump in pumps:
                     pump.cancel()
                 await asyncio.gather(*pumps, return_exceptions=True)
+            # 1005 and 1006 stand for "no code" and "no close"; neither may be sent.
+            code = aiohttp.WSCloseCode.OK if code in (None, 1005, 1006) else code
+            await asyncio.gather(outer.close(code=code), inner.close(code=code), return_exceptions=True)
             return outer
 
 
 _WebSocket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
 
-async def _pump(source: _WebSocket, target: _WebSocket) -> None:
-    """Carry messages one way until the source closes; its close code is carried too."""
+async def _pump(source: _WebSocket, target: _WebSocket) -> int | None:
+    """Carry messages one way until the source closes; returns its close code."""
     with contextlib.suppress(ConnectionError, RuntimeError):
         while True:
             message = await source.receive()
@@ -248,13 +259,11 @@ async def _pump(source: _WebSocket, target: _WebSocket) -> None:
                 await target.ping(message.data)
             elif message.type is aiohttp.WSMsgType.PONG:
                 await target.pong(message.data)
+            elif message.type is aiohttp.WSMsgType.CLOSE:
+                return int(message.data) if message.data else None
             else:
-                code = source.close_code or aiohttp.WSCloseCode.OK
-                # 1005 and 1006 stand for "no code" and "no close"; neither may be sent.
-                await target.close(code=code if code not in (1005, 1006) else aiohttp.WSCloseCode.GOING_AWAY)
-                if not source.closed:
-                    await source.close()
-                return
+                break
+    return aiohttp.WSCloseCode.GOING_AWAY  # it broke
 
 
 def _inner_url(request: web.BaseRequest, slot: Slot) -> URL:

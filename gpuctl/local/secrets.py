@@ -81,7 +81,7 @@ class Secrets:
     def _named(
         self, environment_id: str, environment: str, name: str, how: int, values: dict[str, str]
     ) -> Secret:
-        row = self._store.secret_named(environment_id, name)
+        row = self._store.secret_named(environment_id, check_name(name, "Secret"))
         if how == api_pb2.OBJECT_CREATION_TYPE_UNSPECIFIED:
             if row is None:
                 raise not_found(f"Secret '{name}' not found in environment '{environment}'.")
@@ -90,7 +90,7 @@ class Secrets:
             raise already_exists(f"Secret '{name}' already exists in environment '{environment}'.")
         if row is not None and how == api_pb2.OBJECT_CREATION_TYPE_CREATE_IF_MISSING:
             return row
-        row = row or Secret(new_id("st"), environment_id, check_name(name, "Secret"), "", time.time(), 0)
+        row = row or Secret(new_id("st"), environment_id, name, "", time.time(), 0)
         self._save(row, values)
         return row
 

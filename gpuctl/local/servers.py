@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
-from gpuctl.local.router import Refusal, Router, Upstream
+from gpuctl.local.router import Refusal, Router, Upstream, listens
 from gpuctl.local.tasks import EXIT_HOOK_SECONDS, Task, Tasks
 from gpuctl.local.wire import Call, invalid, not_found, rpc
 
@@ -362,10 +362,9 @@ class Pool:
             await asyncio.wait({ended, announced}, return_when=asyncio.FIRST_COMPLETED)
             if task.container is None:
                 return
-            upstream = Upstream(task.container.port_socket(replica.port))
+            replica.upstream = Upstream(task.container.port_socket(replica.port))
             while not task.ended.is_set() and not replica.leaving:
-                if await upstream.accepts():
-                    replica.upstream = upstream
+                if listens(task.container.pid, replica.port):
                     replica.ready_at = replica.idle_since = time.monotonic()
                     return
                 await asyncio.sleep(_PROBE_SECONDS)

@@ -53,9 +53,11 @@ def test_a_second_up_names_the_pid(new_plane: TestPlane) -> None:
 
 
 def test_of_several_ups_at_once_one_wins(new_plane: TestPlane) -> None:
-    code = "import sys; from pathlib import Path; from gpuctl.local import client\nfrom gpuctl.errors import GpuctlError\n"
+    code = (
+        "import sys; from pathlib import Path; from gpuctl.local import client; import gpuctl.errors as g\n"
+    )
     code += "try: print(client.up(Path(sys.argv[1]), Path(sys.argv[2])).pid)\n"
-    code += "except GpuctlError as e: print(e.problems[0]); sys.exit(e.exit_code)"
+    code += "except g.GpuctlError as e: print(e.problems[0]); sys.exit(e.exit_code)"
     command = [sys.executable, "-c", code, str(new_plane.state_dir), str(image_cache())]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     said = [process.communicate()[0].strip() for process in running]

@@ -48,7 +48,7 @@ def test_every_rpc_that_is_not_served_is_refused_by_name(plane: TestPlane) -> No
             "x-modal-token-id": "ak-0000000000000000000000",
             "x-modal-token-secret": "as-0000000000000000000000",
         },
-        {"x-modal-task-id": "ta-0000000000000000000000", "x-modal-task-secret": ""},
+        {"x-modal-task-id": "ta-0000000000000000000000", "x-modal-task-secret": "wrong"},
         {"x-modal-task-id": "ta-0000000000000000000000", "x-modal-task-secret": "x"},
     ],
 )

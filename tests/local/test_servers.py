@@ -46,7 +46,9 @@ def test_the_request_arrives_as_it_was_sent(echo: str) -> None:
         "X-Hop": "1",
         "Accept-Encoding": "identity",
     }
-    answer = ask(f"{echo}/headers?q=%20a%2Fb&x=1", headers=headers).json
+    connection = http.client.HTTPConnection(echo.removeprefix("http://"))
+    connection.request("GET", "/headers?q=%20a%2Fb&x=1", headers=headers)
+    answer = json.loads(connection.getresponse().read())
     assert answer["path"] == "/headers?q=%20a%2Fb&x=1"
     seen = {name.lower(): value for name, value in answer["headers"]}
     assert seen["x-mine"] == "yes"
@@ -92,7 +94,6 @@ def test_a_client_that_leaves_is_noticed(plane: TestPlane, echo: str) -> None:
     connection = http.client.HTTPConnection(echo.removeprefix("http://"))
     connection.request("GET", "/sse")
     connection.getresponse().readline()
-    assert connection.sock is None or connection.sock.close() is None
     connection.close()
     eventually(lambda: "the client went away" in plane.logs("echo"), seconds=15, every=0.5)
 
@@ -204,9 +205,13 @@ def test_live_changes_of_the_autoscaler(plane: TestPlane) -> None:
     plane.deploy("tuned", open=1)
     plane.modal("server", "autoscaler", "update", "tuned/Server", "--min-containers", "1")
     eventually(lambda: len(tasks(plane, "tuned")) == 1, every=0.5)
-    assert plane.json("server", "autoscaler", "settings", "tuned/Server")["min_containers"] == 1
+    assert (
+        '"min_containers": 1'
+        in plane.modal("server", "autoscaler", "settings", "tuned/Server", "--json").stdout
+    )
     plane.deploy("tuned", open=1, version=2)
-    assert plane.json("server", "autoscaler", "settings", "tuned/Server")["min_containers"] in (0, None)
+    settings = plane.modal("server", "autoscaler", "settings", "tuned/Server", "--json").stdout
+    assert '"min_containers": 1' not in settings
     plane.modal("app", "stop", "tuned", "--yes")
 
 
