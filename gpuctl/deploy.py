@@ -22,7 +22,7 @@ from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.files import write_private
 from gpuctl.modal_cli import check_version, deploy_argv, server_info_argv, shown
 from gpuctl.paths import state_dir
-from gpuctl.reach import NO_CREDENTIALS, environment_name, reach
+from gpuctl.reach import NO_CREDENTIALS, check_credentials, environment_name, reach
 from gpuctl.records import (
     DeploymentRecord,
     EngineRecord,
@@ -79,10 +79,21 @@ class Deployed:
         }
 
 
+def check_tools(target: Target) -> str:
+    """What would fail later anyway, found before the hub is asked: a client that was not tested, no credentials.
+
+    The client's version.
+    """
+    version = check_version()
+    if target is Target.MODAL:
+        check_credentials()
+    return version
+
+
 def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bool = False) -> Deployed:
     """Do what the plan says, talking on the way, and show the result."""
     spec = plan.spec
-    modal_version = check_version()
+    modal_version = check_tools(spec.target)
     environment = environment_name(spec.target, spec.environment)
     for note in plan.notes:
         console.note(note)

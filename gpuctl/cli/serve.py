@@ -217,10 +217,11 @@ def serve(
     if unset:
         raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
 
-    from gpuctl.deploy import execute
+    from gpuctl.deploy import check_tools, execute
     from gpuctl.hub import resolve_revision
 
     repo = spec.model.repo
+    check_tools(spec.target)
     revision = None if repo is None else resolve_revision(repo, spec.model.revision)
     execute(
         plan_serve(spec, argv=argv, revision=revision),

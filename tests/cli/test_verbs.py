@@ -87,6 +87,7 @@ def test_no_arguments_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[
         (["logs", "x", "--source", "stdin"], "--source: unknown source 'stdin'"),
         (["stop", "x", "--local"], "no deployment named 'x' on this machine"),
         (["ps"], "modal setup"),
+        (["serve", "qwen3", "--gpu", "T4", "--yes"], "modal setup"),  # before the hub is asked
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(

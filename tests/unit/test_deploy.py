@@ -28,6 +28,7 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     plane = ModalEnv.local({"MODAL_TOKEN_ID": "ak-plane"}, {})
     modal = ModalEnv.modal({"MODAL_TOKEN_ID": "ak-mine"})
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-mine")
     monkeypatch.setattr("gpuctl.deploy.reach", lambda target, **_: plane if target is Target.LOCAL else modal)
 
 
