@@ -39,7 +39,8 @@ def command(argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path
             raise SystemExit(f"{' '.join(argv)} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
         return took
 
-    return Side(" ".join(argv), seconds)
+    shown = [Path(word).name if word.startswith("/") else word for word in argv]
+    return Side(" ".join(shown), seconds)
 
 
 def measured(sides: Sequence[Side], rounds: int) -> list[list[float]]:

@@ -63,7 +63,7 @@ def gap(env: dict[str, str], number: int) -> float:
 
 def first_answer(state: Path, app_id: str, since: float) -> float:
     """When the engine or the server first logged a completed chat request (Unix time), after `since`."""
-    (database,) = (state / "gpuctl" / "local").glob("*.sqlite")
+    database = state / "gpuctl" / "local" / "plane.db"
     query = """
         SELECT min(at) FROM logs WHERE app_id = ? AND at >= ?
         AND (data LIKE '[serve] ready%' OR data LIKE '%POST /v1/chat/completions%200%')
