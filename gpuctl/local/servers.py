@@ -202,6 +202,8 @@ class Pool:
         grace = self.limits.exit_grace_period if self.limits and drain else 0.0
         await asyncio.gather(*(self._retire(replica, grace) for replica in list(self.replicas)))
         await self.router.close()
+        if self._jobs:
+            await asyncio.wait(self._jobs, timeout=1)
         for job in list(self._jobs):
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
@@ -254,7 +256,12 @@ class Pool:
 
     async def _run(self) -> None:
         while True:
-            wait = self._decide(time.monotonic()) if self.limits else None
+            try:
+                wait = self._decide(time.monotonic()) if self.limits else None
+            except Exception:
+                # A full disk, say. The server must outlive it.
+                log.exception("server %s: could not decide", self.function_id)
+                wait = 1.0
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait)
             self._wake.clear()
