@@ -11,6 +11,8 @@ When the socket closes, the plane is gone (or wants an end): this process exits,
 every process of the container. Nothing can be orphaned.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import errno
@@ -23,6 +25,11 @@ import socket
 import struct
 import sys
 
+TYPE_CHECKING = False  # as typing's, which takes longer to import than a container takes to start
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -32,13 +39,13 @@ AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def check(result, what):
+def check(result: int, what: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def mount(source, target, kind, flags, data=""):
+def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
     arguments = [s.encode() if s else None for s in (source, target, kind)]
     check(
         libc.mount(*arguments, ctypes.c_ulong(flags), data.encode() or None),
@@ -46,7 +53,7 @@ def mount(source, target, kind, flags, data=""):
     )
 
 
-def make_read_only(target):
+def make_read_only(target: str) -> None:
     """The whole tree under `target`, submounts too, as far as the kernel can (5.12 and newer)."""
     attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
     if (
@@ -59,7 +66,7 @@ def make_read_only(target):
     mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | locked)
 
 
-def make_mountpoint(path, like):
+def make_mountpoint(path: str, like: str) -> None:
     """A file or folder to mount upon, of the same sort as `like`."""
     if os.path.lexists(path):
         return
@@ -71,7 +78,7 @@ def make_mountpoint(path, like):
             pass
 
 
-def make_mounts(mounts, root):
+def make_mounts(mounts: Sequence[dict[str, str]], root: str) -> None:
     """Make the mounts under `root` (an empty folder) and make that the root. Only for the `unshare` back end."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     for step in mounts:
@@ -103,7 +110,7 @@ def make_mounts(mounts, root):
     os.chdir("/")
 
 
-def make_devices(dev):
+def make_devices(dev: str) -> None:
     """A `/dev` of the container's own: the harmless devices, its own terminals, its own shared memory."""
     os.makedirs(dev, exist_ok=True)
     mount("tmpfs", dev, "tmpfs", MS_NOSUID, "mode=0755")
@@ -120,13 +127,13 @@ def make_devices(dev):
         os.symlink(f"/proc/self/fd/{number}", f"{dev}/{name}")
 
 
-def raise_loopback():
+def raise_loopback() -> None:
     """A new network namespace has its loopback down; ioctl SIOCSIFFLAGS with IFF_UP | IFF_RUNNING."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
 
 
-HALVES = {}  # socket -> the Half that serves it
+HALVES: dict[socket.socket, Half] = {}  # socket -> the Half that serves it
 
 
 class Relay:
@@ -134,15 +141,15 @@ class Relay:
 
     CHUNK = 256 * 1024
 
-    def __init__(self, selector):
+    def __init__(self, selector: selectors.BaseSelector) -> None:
         self.selector = selector
 
-    def accept_on(self, listener, connect):
+    def accept_on(self, listener: socket.socket, connect: Callable[[], socket.socket]) -> None:
         """Join each connection to `listener` with a new socket from `connect()`."""
         listener.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ, lambda _events: self.accept(listener, connect))
 
-    def accept(self, listener, connect):
+    def accept(self, listener: socket.socket, connect: Callable[[], socket.socket]) -> None:
         try:
             one, _ = listener.accept()
         except OSError:
@@ -162,12 +169,12 @@ class Relay:
 class Half:
     """One end of a relayed connection: what it reads is written to its peer."""
 
-    def __init__(self, selector, end, peer):
+    def __init__(self, selector: selectors.BaseSelector, end: socket.socket, peer: socket.socket) -> None:
         self.selector, self.end, self.peer = selector, end, peer
         self.unsent = b""  # bytes for *this* end that it did not take yet
         self.reading, self.finishing, self.registered = True, False, 0
 
-    def watch(self):
+    def watch(self) -> None:
         other = HALVES.get(self.peer)
         events = 0
         if self.reading and not (other and other.unsent):
@@ -184,7 +191,7 @@ class Half:
             self.selector.modify(self.end, events, self.ready)
         self.registered = events
 
-    def ready(self, events):
+    def ready(self, events: int) -> None:
         try:
             if events & selectors.EVENT_WRITE:
                 self.flush()
@@ -200,7 +207,7 @@ class Half:
         if other and not self.reading and not other.reading and not self.unsent and not other.unsent:
             self.close()
 
-    def read(self):
+    def read(self) -> None:
         try:
             data = self.end.recv(Relay.CHUNK)
         except BlockingIOError:
@@ -213,21 +220,21 @@ class Half:
             other.finishing = True
             other.flush()
 
-    def send(self, data):
+    def send(self, data: bytes) -> None:
         try:
             sent = self.end.send(data)
         except BlockingIOError:
             sent = 0
         self.unsent = data[sent:]
 
-    def flush(self):
+    def flush(self) -> None:
         if self.unsent:
             self.send(self.unsent)
         if self.finishing and not self.unsent:
             self.finishing = False
             self.end.shutdown(socket.SHUT_WR)
 
-    def close(self):
+    def close(self) -> None:
         for half in (self, HALVES.pop(self.peer, None)):
             if half is None:
                 continue
@@ -238,15 +245,15 @@ class Half:
             half.end.close()
 
 
-def connect_tcp(port):
-    def connect():
+def connect_tcp(port: int) -> Callable[[], socket.socket]:
+    def connect() -> socket.socket:
         return socket.create_connection(("127.0.0.1", port), timeout=5)
 
     return connect
 
 
-def connect_unix(path):
-    def connect():
+def connect_unix(path: str) -> Callable[[], socket.socket]:
+    def connect() -> socket.socket:
         end = socket.socket(socket.AF_UNIX)
         end.settimeout(5)
         end.connect(path)
@@ -255,7 +262,7 @@ def connect_unix(path):
     return connect
 
 
-def start_program(plan):
+def start_program(plan: dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -273,11 +280,11 @@ def start_program(plan):
         os._exit(127)
 
 
-def main():
+def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
 
-    def tell(line):
+    def tell(line: str) -> None:
         try:
             control.sendall(line.encode() + b"\n")
         except OSError:
@@ -315,7 +322,7 @@ def main():
     tell(f"started {program}")
     pending = b""
 
-    def from_plane(_events):
+    def from_plane(_events: int) -> None:
         nonlocal pending
         try:
             data = control.recv(65536)
@@ -335,7 +342,7 @@ def main():
                 listener.listen(128)
                 relay.accept_on(listener, connect_tcp(int(rest[0])))
 
-    def reap(_events):
+    def reap(_events: int) -> None:
         os.read(wake_read, 4096)
         while True:
             try:

@@ -96,7 +96,7 @@ class Functions:
             answer.flash_service_urls[:] = [url]
         return answer
 
-    def layout(self, layout: Layout, volume: UrlOf, mount: UrlOf) -> Any:
+    def layout(self, layout: Layout, volume: Callable[[str], Any], mount: Callable[[str], Any]) -> Any:
         """The AppLayout of a deployment: every object that its code can refer to, with its metadata.
 
         `volume` and `mount` give the metadata of an object of that kind.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from google.protobuf import empty_pb2, timestamp_pb2  # type: ignore[import-untyped]
+from google.protobuf import empty_pb2, timestamp_pb2
 from grpclib import GRPCError, Status
 
 IMAGE_BUILDER_VERSION = (
