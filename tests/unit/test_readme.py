@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
+from gpuctl.__main__ import main
 from readme import REPO, commands
 
 
@@ -23,8 +26,16 @@ def test_ci_runs_the_second_command_word_for_word() -> None:
     assert second in ci_lines
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_relative_links_lead_somewhere(page: str) -> None:
-    text = (REPO / page).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert [link for link in links if not (REPO / link).exists()] == []
+def test_every_serve_in_the_readme_is_one_that_gpuctl_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (REPO / "README.md").read_text(encoding="utf-8")
+    examples = [line for line in page.splitlines() if line.startswith("gpuctl serve ")]
+    assert examples
+    for example in examples:
+        _, verb, *words = shlex.split(example)
+        assert main([verb, "--dry-run", *words]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [*REPO.glob("*.md"), *REPO.glob("docs/*.md")], ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
