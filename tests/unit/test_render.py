@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import shlex
@@ -322,6 +323,11 @@ class Container:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        # The engine has a session of its own, and a container that was killed did not end it.
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and str(self.folder).encode() in (entry / "cmdline").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 def test_ready_means_a_completed_chat_request(container: Container) -> None:
