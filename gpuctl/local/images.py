@@ -520,21 +520,27 @@ def find_python(wanted: str) -> tuple[str, str]:
         ),
     ]
     for candidate in filter(None, candidates):
-        # A pyenv shim is on the PATH for versions that are not switched on: only one that answers counts.
-        if version := _version_of(candidate):
-            return candidate, version
+        # A pyenv shim is on the PATH for versions that are not switched on: only one that answers counts, and what
+        # counts is the interpreter behind it.
+        if found := _interpreter_behind(candidate):
+            return found
     return own, own_version
 
 
-def _version_of(python: str) -> str | None:
-    code = "import sys, ssl, ctypes; print('.'.join(map(str, sys.version_info[:3])))"
+def _interpreter_behind(python: str) -> tuple[str, str] | None:
+    """(path, version) of the installed interpreter that the command `python` starts, if it starts one."""
+    code = (
+        "import ctypes, ssl, sys; print(getattr(sys, '_base_executable', sys.executable)); "
+        "print('.'.join(map(str, sys.version_info[:3])))"
+    )
     try:
         done = subprocess.run(
             [python, "-I", "-c", code], capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    executable, version = done.stdout.splitlines()
+    return executable, version
 
 
 def _pip(python: str, base_python: str) -> list[str]:

@@ -19,7 +19,7 @@ from modal_proto import api_pb2
 from gpuctl.local import sandbox
 from gpuctl.local.containers import Container, ContainerRuntime, ContainerSpec, FileBind, VolumeBind
 from gpuctl.local.egress import _is_this_machine
-from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore
+from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore, _interpreter_behind, find_python
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 BASE = [f"FROM python:{PYTHON}.1-slim-bookworm", "RUN apt-get update", "RUN apt-get install -y gcc"]
@@ -408,6 +408,18 @@ def test_this_machine_is_known_by_all_its_addresses(address: str) -> None:
 
 def test_other_machines_are_not_this_one() -> None:
     assert not _is_this_machine("93.184.216.34")
+
+
+def test_a_shim_is_seen_through_to_the_interpreter(tmp_path: Path) -> None:
+    """As pyenv's: a script on the PATH that starts the real one, which is what containers need."""
+    real, version = find_python("")
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    shim.chmod(0o755)
+    assert _interpreter_behind(str(shim)) == (real, version)
+    shim.write_text("#!/bin/sh\necho not switched on >&2; exit 127\n")
+    assert _interpreter_behind(str(shim)) is None
+    assert find_python("3.99") == (real, version), "what is not there gives way to the plane's own"
 
 
 def test_where_no_sandbox_works_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
