@@ -9,11 +9,13 @@ May import: `gpuctl.cli`, `gpuctl.errors`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
 import traceback
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
 from gpuctl.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, GpuctlError
@@ -26,8 +28,16 @@ if TYPE_CHECKING:
     from gpuctl.modal_cli import Runner
 
 
+# What the machine may refuse at any time, wherever a file is touched: no bug of gpuctl's.
+MACHINE = frozenset({
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG,
+    errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+})  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None, *, runner: Runner | None = None) -> int:
     """Run one command line (default: `sys.argv[1:]`) and return its exit code. Tests inject a `runner`."""
+    _fill_closed_streams()
     try:
         with _signals_unwind():
             code = _run(sys.argv[1:] if argv is None else list(argv), runner)
@@ -42,12 +52,20 @@ def main(argv: Sequence[str] | None = None, *, runner: Runner | None = None) -> 
     except SystemExit as stop:
         # The parser's own way out of shell completion and of a closed pipe; and ours of a signal.
         code = stop.code if isinstance(stop.code, int) else EXIT_OK if stop.code is None else EXIT_FAILURE
+    except OSError as error:
+        code = _report_os_error(error)
     except Exception:
-        traceback.print_exc()
-        print("error: this is a bug in gpuctl; please report it with the lines above", file=sys.stderr)
-        code = EXIT_FAILURE
-    _close_pipes()
-    return code
+        code = _report_bug()
+    return code if _close_pipes() else EXIT_FAILURE
+
+
+def _fill_closed_streams() -> None:
+    """Started with a closed stream (`gpuctl ps >&-`), Python has None in its place, and the next file its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)  # mostly that very number, for children to inherit
+            os.set_inheritable(nothing, nothing == number)
+            setattr(sys, name, os.fdopen(nothing, "w" if number else "r", encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -80,7 +98,7 @@ def _run(argv: list[str], runner: Runner | None) -> int:
         invocation = Invocation(tuple(argv), runner)
         result = group.main(args=argv, prog_name="gpuctl", standalone_mode=False, obj=invocation)
     except TyperException as error:
-        return _report_usage(error)
+        return _report_usage(error, argv)
     except Abort:
         print("aborted", file=sys.stderr)
         return EXIT_FAILURE
@@ -97,7 +115,22 @@ def _report(error: GpuctlError) -> None:
         print(f"hint: {error.hint}", file=sys.stderr)
 
 
-def _report_usage(error: Exception) -> int:
+def _report_os_error(error: OSError) -> int:
+    """A full disk, a folder that may not be written: said in one line. What can only be our mistake is a bug."""
+    if error.errno not in MACHINE:
+        return _report_bug()
+    where = f": {error.filename}" if error.filename is not None else ""
+    print(f"error: {error.strerror}{where}", file=sys.stderr)
+    return EXIT_FAILURE
+
+
+def _report_bug() -> int:
+    traceback.print_exc()
+    print("error: this is a bug in gpuctl; please report it with the lines above", file=sys.stderr)
+    return EXIT_FAILURE
+
+
+def _report_usage(error: Exception, argv: Sequence[str]) -> int:
     """A bad command line, in one line that names the command and the option."""
     context = getattr(error, "ctx", None)
     message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
@@ -105,26 +138,52 @@ def _report_usage(error: Exception) -> int:
         print(message, file=sys.stderr)
         return EXIT_USAGE
     option = getattr(error, "option_name", None)
-    near: Sequence[str] = getattr(error, "possibilities", None) or ()
+    near = _near(option, getattr(error, "possibilities", None) or ())
     if type(error).__name__ == "NoSuchOption" and option:
         message = f"no such option: {option}"
         if near:
             message += f"; did you mean {' or '.join(near[:2])}?"
-    where = getattr(context, "command_path", "gpuctl")
+    where = _command_path(context, argv)
     print(f"error: {where}: {' '.join(message.split())}", file=sys.stderr)
     if not near:
         print(f"hint: {where} --help", file=sys.stderr)
     return int(getattr(error, "exit_code", EXIT_USAGE))
 
 
-def _close_pipes() -> None:
-    """Flush now: a reader that went away (`gpuctl ps | head -1`) must cause no noise at interpreter exit."""
+def _near(option: str | None, possibilities: Sequence[str]) -> list[str]:
+    """The parser's proposals without those that have little more than their dashes in common with what was typed."""
+    typed = (option or "").strip("-")
+    return [one for one in possibilities if SequenceMatcher(None, typed, one.strip("-")).ratio() >= 0.6]
+
+
+def _command_path(context: object, argv: Sequence[str]) -> str:
+    """`gpuctl serve`: as the parser knows it, or, where it lost it (an option without its value), as it was typed."""
+    path: str = getattr(context, "command_path", "gpuctl")
+    if path != "gpuctl":
+        return path
+    from gpuctl.cli import VERBS
+
+    verb = argv[0] if argv else ""
+    return f"gpuctl {verb}" if verb in [known.name for known in VERBS] else path
+
+
+def _close_pipes() -> bool:
+    """Flush now: a reader that went away (`gpuctl ps | head -1`) must cause no noise at interpreter exit.
+
+    False: what was still to be written could not be, for another reason.
+    """
+    written = True
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError) as error:
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                written = False
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"error: stdout: {error.strerror}", file=sys.stderr)
+    return written
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import re
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import __version__
@@ -22,7 +19,15 @@ from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.files import write_private
 from gpuctl.modal_cli import check_version, deploy_argv, server_info_argv, shown
 from gpuctl.paths import state_dir
-from gpuctl.reach import NO_CREDENTIALS, check_credentials, environment_name, reach
+from gpuctl.reach import (
+    NO_CREDENTIALS,
+    check_credentials,
+    environment_name,
+    modal_command,
+    no_environment,
+    own,
+    reach,
+)
 from gpuctl.records import (
     DeploymentRecord,
     EngineRecord,
@@ -32,12 +37,13 @@ from gpuctl.records import (
     SourceRecord,
     now,
 )
-from gpuctl.snippets import Use, curl, found_as, openai_client
+from gpuctl.snippets import Use, curl, openai_client
 from gpuctl.target import Target
 from gpuctl.tokens import workspace_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from gpuctl.cli.console import Console
     from gpuctl.modal_cli import ModalEnv, Runner
@@ -217,13 +223,12 @@ _SECRET = re.compile(
     r"|No secret named '(?P<other>[^']+)'",
     re.IGNORECASE,
 )
-_ENVIRONMENT = re.compile(r"[Ee]nvironment '(?P<name>[^']+)' (?:was )?(?:not found|does not exist)")
 
 
 def deploy_error(text: str, code: int, target: Target, environment: str | None) -> GpuctlError:
     """Modal's own error as ours: those that the user can mend say how, with exit code 2."""
-    modal = "gpuctl local exec -- modal" if target is Target.LOCAL else "modal"
-    inside = f" --env {environment}" if environment and target is Target.MODAL else ""
+    modal = modal_command(target)
+    inside = f" --env {environment}" if environment else ""
     secret = _SECRET.search(text)
     if secret:
         name = secret["name"] or secret["other"]
@@ -232,12 +237,9 @@ def deploy_error(text: str, code: int, target: Target, environment: str | None) 
             # Never `modal secret create NAME KEY=VALUE`: that puts the value in argv and the shell's history.
             hint=f"put KEY=value lines in a file, then: {modal} secret create {name} --from-dotenv FILE{inside}",
         )
-    missing = _ENVIRONMENT.search(text)
-    if missing:
-        name = missing["name"]
-        return usage_error(
-            f"--env: there is no environment named '{name}'", hint=f"{modal} environment create {name}"
-        )
+    missing = no_environment(text, target)
+    if missing is not None:
+        return missing
     if "Token missing" in text:
         return usage_error(NO_CREDENTIALS)
     if re.search(r"[Tt]oken (?:ID|validation|is invalid|not found)|invalid token|[Uu]nauthenticated", text):
@@ -331,8 +333,6 @@ def _record(
 
 def _use(plan: Plan, record: DeploymentRecord) -> Use:
     """What to paste, with commands that are found from where the user stands (`.venv/bin/gpuctl` may be off PATH)."""
-    own = Path(sys.executable).parent
-    here, path = Path.cwd(), os.environ.get("PATH", os.defpath)
     has_openai = importlib.util.find_spec("openai") is not None
     return Use(
         name=record.name,
@@ -342,8 +342,8 @@ def _use(plan: Plan, record: DeploymentRecord) -> Use:
         model=record.model.served_name,
         auth=record.auth,
         startup_timeout=plan.spec.startup_timeout,
-        gpuctl=found_as(own / "gpuctl", folder=here, path=path),
-        python=found_as(own / "python3", folder=here, path=path) if has_openai else "python3",
+        gpuctl=own("gpuctl"),
+        python=own("python3") if has_openai else "python3",
         has_openai=has_openai,
     )
 

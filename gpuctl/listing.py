@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.errors import GpuctlError
-from gpuctl.modal_cli import app_list_argv, shown
+from gpuctl.modal_cli import app_list_argv
+from gpuctl.modal_cli import shown as as_typed
 from gpuctl.paths import state_dir
-from gpuctl.reach import environment_name, reach, running_plane
-from gpuctl.records import DeploymentRecord, Records
+from gpuctl.reach import environment_name, no_environment, reach, running_plane
+from gpuctl.records import DeploymentRecord, Records, place
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
@@ -86,19 +87,31 @@ def deployments(
         return [Row(record, STOPPED if not record.running else "down", 0) for record in records if every]
     apps = _apps(target, environment, runner, console)
     rows = [_row(record, apps) for record in records]
-    return [row for row in rows if every or row.state != STOPPED]
+    shown = [row for row in rows if every or row.state != STOPPED]
+    if not shown:
+        console.say(
+            f"nothing of gpuctl's is deployed on {place(target, wanted)}"
+            + (" any more; what was: gpuctl ps --all" if rows else "; deploy a model: gpuctl serve MODEL")
+            + (" --local" if target is Target.LOCAL else "" if rows else " --gpu TYPE")
+        )
+    return shown
 
 
 def _apps(target: Target, environment: str | None, runner: Runner, console: Console) -> list[dict[str, Any]]:
     argv = app_list_argv(environment=environment)
-    console.detail(f"$ {shown(argv)}")
+    console.detail(f"$ {as_typed(argv)}")
     done = runner.run(argv, reach(target))
     if done.returncode != 0:
-        raise GpuctlError(f"`{shown(argv)}` failed: {' '.join(done.stderr.split()).removeprefix('Error: ')}")
+        missing = no_environment(done.stderr, target)
+        if missing is not None:
+            raise missing
+        raise GpuctlError(
+            f"`{as_typed(argv)}` failed: {' '.join(done.stderr.split()).removeprefix('Error: ')}"
+        )
     try:
         return list(json.loads(done.stdout))
     except ValueError:
-        raise GpuctlError(f"`{shown(argv)}` printed no JSON: {done.stdout[:200]}") from None
+        raise GpuctlError(f"`{as_typed(argv)}` printed no JSON: {done.stdout[:200]}") from None
 
 
 def _row(record: DeploymentRecord, apps: list[dict[str, Any]]) -> Row:

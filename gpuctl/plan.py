@@ -86,9 +86,10 @@ def _notes(spec: ServeSpec) -> Iterator[str]:
     entry = model.entry
     token_given = bool(spec.secrets) or "HF_TOKEN" in spec.secrets_from_env
     if entry is not None and entry.gated and not token_given:
+        modal = "gpuctl local exec -- modal" if spec.target is Target.LOCAL else "modal"
         yield (
             f"{model.repo} is gated: accept its licence at https://huggingface.co/{model.repo}, put a line HF_TOKEN=… "
-            "into a file, say hf.env, then `modal secret create huggingface --from-dotenv hf.env`, "
+            f"into a file, say hf.env, then `{modal} secret create huggingface --from-dotenv hf.env`, "
             "and add --secret huggingface"
         )
     for package in spec.pip:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shlex
+import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.modal_cli import ModalEnv
-from gpuctl.paths import cache_dir, state_dir
+from gpuctl.paths import cache_dir, found_as, state_dir
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
@@ -60,6 +63,32 @@ def environment_name(target: Target, wanted: str | None) -> str:
     if target is Target.LOCAL:
         return DEFAULT_ENVIRONMENT
     return os.environ.get("MODAL_ENVIRONMENT") or _profile().get("environment") or DEFAULT_ENVIRONMENT
+
+
+_ENVIRONMENT = re.compile(r"[Ee]nvironment '(?P<name>[^']+)' (?:was )?(?:not found|does not exist)")
+
+
+def no_environment(text: str, target: Target) -> GpuctlError | None:
+    """Modal's complaint about an Environment that does not exist, as ours; None where that is not what it says."""
+    missing = _ENVIRONMENT.search(text)
+    if missing is None:
+        return None
+    name = missing["name"]
+    return usage_error(
+        f"--env: there is no environment named '{name}'",
+        hint=f"{modal_command(target)} environment create {shlex.quote(name)}",
+    )
+
+
+def modal_command(target: Target) -> str:
+    """How the user's shell runs Modal's client for a target: with the plane's settings, where it is this machine."""
+    return f"{own('gpuctl')} local exec -- modal" if target is Target.LOCAL else own("modal")
+
+
+def own(program: str) -> str:
+    """How the user's shell, where it stands, runs a program that is installed beside gpuctl."""
+    folder = Path(sys.executable).parent
+    return found_as(folder / program, folder=Path.cwd(), path=os.environ.get("PATH", os.defpath))
 
 
 def check_credentials(environ: Mapping[str, str] | None = None) -> None:

@@ -138,16 +138,18 @@ class Records:
         elsewhere = [other for other in self.all() if other.name == name]
         if elsewhere:
             other = elsewhere[0]
-            flags = "--local" if other.target is Target.LOCAL else f"--env {other.environment}"
-            if other.target is not target and target is Target.LOCAL:
-                flags += ", without --local"
+            use = []
+            if other.target is not target:
+                use.append("--local" if other.target is Target.LOCAL else "the command without --local")
+            if other.environment != environment:
+                use.append(f"--env {other.environment}")
             raise usage_error(
-                f"no deployment named '{name}' on {_place(target, environment)}, but there is one on "
-                f"{_place(other.target, other.environment)}: use {flags}"
+                f"no deployment named {name!r} on {place(target, environment)}, but there is one on "
+                f"{place(other.target, other.environment)}: use {' and '.join(use)}"
             )
         known = [record.name for record in self.all(target, environment)]
         raise usage_error(
-            f"no deployment named '{name}' on {_place(target, environment)}{_near(name, known)}",
+            f"no deployment named {name!r} on {place(target, environment)}{_near(name, known)}",
             hint="gpuctl ps" + (" --local" if target is Target.LOCAL else ""),
         )
 
@@ -172,8 +174,11 @@ class Records:
             ) from error
 
 
-def _place(target: Target, environment: str) -> str:
-    return "this machine" if target is Target.LOCAL else f"Modal (environment '{environment}')"
+def place(target: Target, environment: str) -> str:
+    """Where a deployment is, in words; on this machine Environments other than the first are rare."""
+    if target is Target.MODAL:
+        return f"Modal (environment '{environment}')"
+    return "this machine" + (f" (environment '{environment}')" if environment != "main" else "")
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from gpuctl.target import Target
 
@@ -80,15 +78,3 @@ def openai_client(use: Use) -> str:
     install = "" if use.has_openai else "pip install openai\n"
     export = f"export OPENAI_API_KEY=$({use.token_command})\n" if use.auth else ""
     return f"{install}{export}{use.python} - <<'EOF'\n{program}\nEOF"
-
-
-def found_as(program: Path, *, folder: Path, path: str) -> str:
-    """How a shell in `folder` with this PATH finds `program`: by its name, else by the shortest path, quoted."""
-    on_path = shutil.which(program.name, path=path)
-    # Compared by folder: the `python` of a virtual environment is a link to another's.
-    if on_path is not None and Path(on_path).parent.resolve() == program.parent.resolve():
-        return program.name
-    if program.is_relative_to(folder):
-        below = str(program.relative_to(folder))
-        return shlex.quote(below if "/" in below else f"./{below}")
-    return shlex.quote(str(program))

@@ -94,6 +94,8 @@ CRASH = re.compile(
     r"^\[serve\] engine (?:exited with code|not ready within|refused the first question)"
     r"|^Runner failed with "  # Modal: the container's process ended by itself
     r"|\bcontainer \S+ (?:exited|ended|died) (?:with|by|on) (?!code 0\b|status 0\b)"
+    # The local plane: an exception at import or in `@modal.enter`, after which the process ends as it should.
+    r"|^container ta-\S+ (?:could not be started: |exited with code 0 before it was ready)"
 )
 
 # What the log says, and what helps; the first that matches anything in the log is shown. An honest short list.

@@ -135,8 +135,11 @@ def exec_(
 
     from gpuctl.errors import usage_error
     from gpuctl.local import client
+    from gpuctl.modal_cli import MODAL
 
     plane = client.ensure_up(*_folders())
+    if command[0] == "modal":  # the one that gpuctl was tested with, also where none is on PATH
+        command = [*MODAL, *command[1:]]
     own = {name: value for name, value in os.environ.items() if not name.startswith("MODAL_")}
     try:
         os.execvpe(command[0], command, own | plane.client_env())  # noqa: S606

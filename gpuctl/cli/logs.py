@@ -10,6 +10,8 @@ from gpuctl.cli.complete import deployment_names
 from gpuctl.cli.options import Environment, Local, Verbose, runner_of, target_of
 from gpuctl.errors import usage_error
 
+MOST_LINES = 20_000  # modal 1.6.4, `_logs.py`
+
 
 def logs(
     ctx: typer.Context,
@@ -42,8 +44,11 @@ def logs(
 
     if follow and (since or until or tail is not None):
         raise usage_error("--follow: shows what comes, so not together with --since, --until or --tail")
-    if tail is not None and not (tail.isdecimal() and int(tail) > 0):
-        raise usage_error(f"--tail: {tail!r} is not a number of lines, such as 100")
+    if tail is not None and not (len(tail) < 10 and tail.isdecimal() and 0 < int(tail) <= MOST_LINES):
+        raise usage_error(f"--tail: {tail!r} is not a number of lines from 1 to {MOST_LINES}")
+    for flag, time in (("--since", since), ("--until", until)):
+        if time is not None and not _is_time(time):
+            raise usage_error(f"{flag}: {time!r} is no time: 30m, 2h or 1d ago, or 2026-05-07T09:30:00")
     if source is not None and source not in ("stdout", "stderr", "system"):
         raise usage_error(f"--source: unknown source {source!r}; use stdout, stderr or system")
     target = target_of(local)
@@ -63,3 +68,16 @@ def logs(
     code = runner_of(ctx).hand_over(argv, reach(target))
     if code:
         raise typer.Exit(code)
+
+
+def _is_time(text: str) -> bool:
+    """Whether Modal's client takes it: a whole number of s, m, h or d, or an ISO 8601 time."""
+    from datetime import datetime
+
+    if text[-1:] in ("s", "m", "h", "d") and len(text) < 12 and text[:-1].isascii() and text[:-1].isdecimal():
+        return True
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True

@@ -27,6 +27,7 @@ def ps(
     if json:
         console.print_document([row.document() for row in rows])
         return
+    if not rows:
+        return  # `deployments` has said so
     header = ("NAME", "MODEL", "GPU", "STATE", "CONTAINERS", "URL", "AGE")
-    if rows or not quiet:
-        console.table(header, [row.cells() for row in rows])
+    console.table(header, [row.cells() for row in rows])

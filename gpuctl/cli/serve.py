@@ -240,6 +240,10 @@ def _write(path: Path, source: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")
+        path = path.resolve()  # a link goes on pointing to where it points
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to replace
+            path.write_text(source, encoding="utf-8")
+            return
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False

@@ -299,7 +299,8 @@ class _Reader:
             return None
         if _WHOLE.fullmatch(text.strip()) and at_least <= int(text) <= at_most:
             return int(text)
-        span = f"from {at_least} to {at_most}" if at_most != _MOST else f"of at least {at_least}"
+        huge = text.strip().isdecimal() and (len(text.strip()) > 10 or int(text) > at_most)
+        span = f"from {at_least} to {at_most}" if huge or at_most != _MOST else f"of at least {at_least}"
         self.problem(f"{flag}: {text!r} is not a whole number {span}" + (f" ({unit})" if unit else ""))
         return None
 

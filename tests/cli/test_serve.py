@@ -69,6 +69,30 @@ def test_render_writes_the_same_module(tmp_path: Path, capsys: pytest.CaptureFix
     assert stat.S_IMODE(new.stat().st_mode) & 0o400
 
 
+def test_render_through_a_link_and_to_what_is_no_file(tmp_path: Path) -> None:
+    file, link, pipe = tmp_path / "app.py", tmp_path / "link.py", tmp_path / "pipe"
+    link.symlink_to(file)
+    assert main(["serve", "tiny", "--local", "--render", str(link)]) == 0
+    assert link.is_symlink()
+    assert "gpuctl serve tiny --local" in file.read_text()
+
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # a pipe holds 64 KiB, so nobody need read on
+    try:
+        assert main(["serve", "tiny", "--local", "--render", str(pipe)]) == 0
+        assert os.read(reader, 65536).decode() == file.read_text()
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_render_to_a_full_device(capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("/dev/full").stat().st_mode
+    assert main(["serve", "tiny", "--local", "--render", "/dev/full"]) == 2
+    assert "--render: cannot write '/dev/full': No space left" in capsys.readouterr().err
+    assert Path("/dev/full").stat().st_mode == before
+
+
 @pytest.mark.parametrize("where", ["missing/app.py", "folder", "file/app.py"])
 def test_an_unwritable_file_is_refused_and_nothing_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
@@ -95,6 +119,8 @@ def test_an_unwritable_file_is_refused_and_nothing_is_left(
         (["qwen3", "--gpu", "B300"], "B200+"),
         (["qwen3", "--gpu", "H100", "--concurrency", "0"], "--concurrency: '0'"),
         (["qwen3", "--gpu", "H100", "--concurrency", "-1"], "--concurrency: '-1'"),
+        (["qwen3", "--gpu", "H100", "--concurrency", "9" * 5000], "from 1 to 2147483647"),
+        (["qwen3", "--gpu"], "gpuctl serve: Option '--gpu' requires an argument"),
         (["qwen3", "--gpu", "H100", "--min-containers", "2", "--max-containers", "1"], "is more than"),
         (["a model", "--gpu", "H100"], "MODEL: 'a model'"),
         (["../x", "--gpu", "H100"], "MODEL: '../x'"),

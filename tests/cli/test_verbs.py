@@ -83,6 +83,10 @@ def test_no_arguments_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[
         (["logs"], "gpuctl logs: Missing argument"),
         (["logs", "x", "--since"], "--since"),
         (["logs", "x", "--tail", "0"], "--tail: '0' is not a number of lines"),
+        (["logs", "x", "--tail", "20001"], "from 1 to 20000"),
+        (["logs", "x", "--since", "yesterday"], "--since: 'yesterday' is no time"),
+        (["logs", "x", "--until", ""], "--until: '' is no time"),
+        (["logs", "x", "--json"], "gpuctl logs: no such option: --json"),
         (["logs", "x", "-f", "--tail", "3"], "--follow: "),
         (["logs", "x", "--source", "stdin"], "--source: unknown source 'stdin'"),
         (["stop", "x", "--local"], "no deployment named 'x' on this machine"),
@@ -144,6 +148,41 @@ def test_a_reader_that_goes_away_causes_no_noise(tmp_path: Path) -> None:
     script = f"{sys.executable} -m gpuctl serve --help | head -1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def shell(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command.replace("gpuctl", f"'{sys.executable}' -m gpuctl")],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", ">&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_as_an_empty_one(closed: str) -> None:
+    done = shell(f"gpuctl ps --local --json {closed}")
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["--help", "local status", "serve tiny --local --dry-run"])
+def test_a_full_disk_is_told_in_a_line(words: str) -> None:
+    done = shell(f"gpuctl {words} >/dev/full")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
+    assert line.startswith("error: ")
+    assert "No space left on device" in line
+
+
+def test_no_place_for_state(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = shell("gpuctl ps --local", XDG_STATE_HOME=str(tmp_path / "file"))
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error == f"error: no folder {tmp_path}/file/gpuctl for what gpuctl keeps: Not a directory"
+    assert hint == "hint: name one that you can write in: export XDG_STATE_HOME=/path"
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -222,6 +261,33 @@ def test_deployed_again_behind_our_back(capsys: pytest.CaptureFixture[str], reco
     runner = FakeRunner({"app list": listed(record, app_id="ap-new")})
     (one,) = json.loads(gpuctl(capsys, "ps", "--local", "--json", runner=runner)[1])
     assert (one["state"], one["app_id"]) == ("deployed", "ap-new")
+
+
+@pytest.mark.usefixtures("plane")
+def test_ps_with_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = gpuctl(capsys, "ps", "--local", runner=FakeRunner({"app list": Completed(0, "[]", "")}))
+    assert (code, out) == (0, "")
+    assert (
+        err == "nothing of gpuctl's is deployed on this machine; deploy a model: gpuctl serve MODEL --local\n"
+    )
+
+
+@pytest.mark.usefixtures("plane")
+def test_an_environment_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = Completed(1, "", "Error: Environment 'dev' not found.")
+    code, out, err = gpuctl(
+        capsys, "ps", "--local", "-e", "dev", "--json", runner=FakeRunner({"app list": refused})
+    )
+    assert (code, out) == (2, "")
+    assert "--env: there is no environment named 'dev'" in err
+    assert "local exec -- modal environment create dev" in err
+
+
+@pytest.mark.usefixtures("record")
+def test_a_name_of_another_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = gpuctl(capsys, "stop", "tiny", "--local", "--env", "dev")
+    assert code == 2
+    assert "on this machine (environment 'dev'), but there is one on this machine: use --env main" in err
 
 
 def test_ps_starts_no_plane(capsys: pytest.CaptureFixture[str], record: DeploymentRecord) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fakes import chat_answer, endpoint
-from gpuctl.snippets import Use, curl, found_as, openai_client
+from gpuctl.paths import found_as
+from gpuctl.snippets import Use, curl, openai_client
 from gpuctl.target import Target
 
 USE = Use("tiny", Target.LOCAL, None, "", 'it\'s "tiny"', True, 60, "gpuctl", sys.executable)

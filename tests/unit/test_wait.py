@@ -116,6 +116,8 @@ def test_a_crash_ends_the_wait_at_once() -> None:
         "Runner failed with exception: ModuleNotFoundError(\"No module named 'x'\")",
         "container ta-0123 exited with code 1",
         "container ta-0123 exited with signal 9",
+        "container ta-0123 exited with code 0 before it was ready: ModuleNotFoundError(\"No module named 'x'\")",
+        "container ta-0123 could not be started: no space left on the device",
         "[serve] engine exited with code -9 while serving",
         "[serve] engine not ready within the startup timeout of 600 s",
         "[serve] engine refused the first question (400): no",
