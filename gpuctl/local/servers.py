@@ -41,6 +41,9 @@ _REJECTION_SECONDS = 2.0  # how long a 429 counts as demand
 _BACK_OFF_FIRST, _BACK_OFF_MOST = 1.0, 60.0
 _STEADY_SECONDS = 60.0  # a container that served so long has earned a fresh back-off
 _PROBE_SECONDS = 0.05
+# What a client is told to wait while a container starts. Clients count their retries and take this at its word (the
+# OpenAI client does): one second would use them up long before an engine is ready.
+_STARTING_RETRY_SECONDS = 5
 _TICK_SECONDS = 0.5
 
 
@@ -227,7 +230,7 @@ class Pool:
         ready = self._serving()
         if not ready:
             self._wake.set()
-            wait = max(1, math.ceil(self._not_before - now))
+            wait = max(_STARTING_RETRY_SECONDS, math.ceil(self._not_before - now))
             return Refusal(
                 503, "no container of this server is ready; try again in a moment", retry_after=wait
             )
