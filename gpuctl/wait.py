@@ -153,14 +153,26 @@ HINTS = (
         ),
         "the container could not reach the hub to download the model",
     ),
+    (
+        re.compile(r"OSError: Can't load the configuration of|is not a valid model identifier"),
+        "there is no such model, or the container could not reach the hub: check MODEL and its revision",
+    ),
+    (
+        re.compile(r"pydantic_core\._pydantic_core\.ValidationError: "),
+        "vLLM refused a setting; it says which above: what follows `--` reaches it untouched",
+    ),
     (re.compile(r"[Aa]ddress already in use|Errno 98"), "the port is taken by another process"),
     (
         re.compile(r"No space left on device"),
         "the disk is full: more with --ephemeral-disk, or empty the Volumes",
     ),
     (
-        re.compile(r"ModuleNotFoundError: No module named '"),
+        re.compile(r"ModuleNotFoundError[:(].{0,3}No module named '"),
         "a Python package is missing in the image: add it with --pip",
+    ),
+    (
+        re.compile(r"^ImportError: "),
+        "a Python package in the image is broken, or does not fit the others: see --pip and --vllm-version",
     ),
 )
 

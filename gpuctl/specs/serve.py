@@ -142,7 +142,10 @@ class ServeSpec:
         model_ref = read.parsed(ModelRef.parse, model)
         gpu_request = None if gpu is None else read.parsed(GpuRequest.parse, gpu)
         if gpu is None and target is Target.MODAL:
-            read.problem("--gpu: required, for example --gpu H100; to run without a GPU, use --local")
+            read.problem(
+                "--gpu: required, for example --gpu H100; to run without a GPU, use --local"
+                + (" before the --: what follows that goes to vLLM" if "--local" in engine_args else "")
+            )
         read.rule("--name", name, names.object_name)
         read.rule("--env", env, names.environment_name)
         read.rule("--deploy-tag", deploy_tag, lambda text: names.tag(text, longest=50))

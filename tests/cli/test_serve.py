@@ -120,6 +120,7 @@ def test_an_unwritable_file_is_refused_and_nothing_is_left(
         (["qwen3", "--gpu", "H100", "--concurrency", "0"], "--concurrency: '0'"),
         (["qwen3", "--gpu", "H100", "--concurrency", "-1"], "--concurrency: '-1'"),
         (["qwen3", "--gpu", "H100", "--concurrency", "9" * 5000], "from 1 to 2147483647"),
+        (["tiny", "--", "--seed", "1", "--local"], "use --local before the --"),
         (["qwen3", "--gpu"], "gpuctl serve: Option '--gpu' requires an argument"),
         (["qwen3", "--gpu", "H100", "--min-containers", "2", "--max-containers", "1"], "is more than"),
         (["a model", "--gpu", "H100"], "MODEL: 'a model'"),

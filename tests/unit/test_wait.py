@@ -210,6 +210,13 @@ def test_a_reasoning_model_may_answer_with_its_thoughts() -> None:
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
+        ("OSError: Can't load the configuration of 'org/none'. If you were trying to load it", "check MODEL"),
+        ("pydantic_core._pydantic_core.ValidationError: 1 validation error for SchedulerConfig", "a setting"),
+        ("ImportError: cannot import name 'x' from 'tokenizers'", "see --pip"),
+        (
+            "ta-1 exited with code 0 before it was ready: ModuleNotFoundError(\"No module named 'x'\")",
+            "--pip",
+        ),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "bigger GPU"),
         (
             "ValueError: To serve at least one request with the models's max seq len (131072), (16.00 GiB KV cache "
