@@ -8,8 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gpuctl.errors import GpuctlError
+from gpuctl.errors import GpuctlError, usage_error
+
+if TYPE_CHECKING:
+    import urllib.error
+    import urllib.request
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT = 15  # seconds
@@ -19,8 +25,8 @@ _DEFAULT_ENDPOINT = "https://huggingface.co"
 def resolve_revision(repo: str, revision: str | None) -> str:
     """The 40-digit commit of `repo` at `revision` (None: main); no network where it is a commit already.
 
-    Honours HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. Raises GpuctlError, with a hint, where the hub cannot be
-    reached, does not know the repository or the revision, or wants a token.
+    Honours HF_ENDPOINT, HF_HUB_OFFLINE, and the token of HF_TOKEN or of `hf auth login`. Raises GpuctlError, with a
+    hint, where the hub cannot be reached, does not know the repository or the revision, or wants a token.
     """
     wanted = revision or "main"
     if COMMIT.fullmatch(wanted):
@@ -40,16 +46,17 @@ def resolve_revision(repo: str, revision: str | None) -> str:
     url = f"{endpoint}/api/models/{repo}/revision/{urllib.parse.quote(wanted, safe='')}"
     if not url.startswith(("https://", "http://")):
         raise GpuctlError(f"HF_ENDPOINT: {endpoint!r} is no http address")
-    headers = {"Accept": "application/json", "User-Agent": "gpuctl"}
-    token = os.environ.get("HF_TOKEN")
+    request = urllib.request.Request(  # noqa: S310 - the scheme is checked above
+        url, headers={"Accept": "application/json", "User-Agent": "gpuctl"}
+    )
+    token = _token()
     if token:
-        headers["Authorization"] = f"Bearer {token.strip()}"
-    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the scheme is checked above
+        request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:  # noqa: S310 - likewise
+        with _opener().open(request, timeout=_TIMEOUT) as response:
             commit = json.load(response)["sha"]
     except urllib.error.HTTPError as error:
-        raise _refused(error.code, error.headers.get("X-Error-Code"), repo, wanted, bool(token)) from error
+        raise _refused(error, repo, wanted, bool(token)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "reason", None) or error
         raise GpuctlError(
@@ -60,19 +67,60 @@ def resolve_revision(repo: str, revision: str | None) -> str:
     return commit
 
 
-def _refused(status: int, code: str | None, repo: str, revision: str, with_token: bool) -> GpuctlError:
-    """What a status means: the hub's X-Error-Code says which of its reasons it was."""
+def _token() -> str:
+    """The user's token, where huggingface_hub looks for it; "" for none."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = os.environ.get(variable, "").strip()
+        if token:
+            return token
+    home = os.environ.get("HF_HOME") or str(
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    )
+    path = Path(os.environ.get("HF_TOKEN_PATH") or str(Path(home) / "token")).expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Follows redirects, as of a renamed repository, but takes the token to no other host: urllib would."""
+    import urllib.parse
+    import urllib.request
+
+    class SameHost(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+            following = super().redirect_request(req, fp, code, msg, headers, newurl)
+            if following is not None:
+                before, after = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+                if (before.scheme, before.netloc) != (after.scheme, after.netloc):
+                    following.remove_header("Authorization")
+            return following
+
+    return urllib.request.build_opener(SameHost)
+
+
+def _refused(error: urllib.error.HTTPError, repo: str, revision: str, with_token: bool) -> GpuctlError:
+    """What a refusal means: the hub's X-Error-Code says which of its reasons it was."""
+    code = error.headers.get("X-Error-Code")
     if code == "RevisionNotFound":
-        return GpuctlError(f"MODEL: {repo} has no revision {revision!r}", exit_code=2)
-    if code == "GatedRepo" or status == 403:
+        return usage_error(f"MODEL: {repo} has no revision {revision!r}")
+    if error.code == 401 and "Invalid credentials" in error.headers.get("X-Error-Message", ""):
+        return GpuctlError(
+            "Hugging Face refuses your token: it is wrong, or was revoked",
+            hint="set HF_TOKEN to a valid one, or unset it (`hf auth login` keeps one in a file, too)",
+        )
+    if code == "GatedRepo" or error.code == 403:
         return GpuctlError(
             f"MODEL: {repo} is gated, and this account has no access to it",
             hint=f"accept its licence at https://huggingface.co/{repo}, and set HF_TOKEN to a token of that account",
         )
-    if status in (401, 404):
+    if error.code in (401, 404):
         # The hub answers alike for what does not exist and for what is private.
         private = "" if with_token else "; for a private one, set HF_TOKEN"
-        return GpuctlError(
+        return usage_error(
             f"MODEL: Hugging Face has no repository {repo!r}", hint=f"check the spelling{private}"
         )
-    return GpuctlError(f"MODEL: Hugging Face answered {status} for {repo}@{revision}", hint="try again later")
+    return GpuctlError(
+        f"MODEL: Hugging Face answered {error.code} for {repo}@{revision}", hint="try again later"
+    )
