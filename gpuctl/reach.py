@@ -1,6 +1,7 @@
 """How a target is reached: the environment of the `modal` child, and the Modal Environment that it will use.
 
-May import: `gpuctl.errors`, `gpuctl.paths`, `gpuctl.target`, `gpuctl.modal_cli`, `gpuctl.local.client`.
+May import: `gpuctl.errors`, `gpuctl.paths`, `gpuctl.target`, `gpuctl.modal_cli`, `gpuctl.local.client`,
+`gpuctl.specs.names`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.modal_cli import ModalEnv
 from gpuctl.paths import cache_dir, found_as, state_dir
+from gpuctl.specs import names
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
@@ -57,12 +59,20 @@ def running_plane() -> Plane | None:
 
 
 def environment_name(target: Target, wanted: str | None) -> str:
-    """The Modal Environment that a command works in, as the client would choose it."""
-    if wanted:
-        return wanted
-    if target is Target.LOCAL:
-        return DEFAULT_ENVIRONMENT
-    return os.environ.get("MODAL_ENVIRONMENT") or _profile().get("environment") or DEFAULT_ENVIRONMENT
+    """The Modal Environment that a command works in, as the client would choose it. It names folders of ours too."""
+    flag = "--env"
+    if not wanted and target is Target.MODAL:
+        flag = (
+            "MODAL_ENVIRONMENT"
+            if os.environ.get("MODAL_ENVIRONMENT")
+            else "the environment of Modal's profile"
+        )
+        wanted = os.environ.get("MODAL_ENVIRONMENT") or _profile().get("environment")
+    name = wanted or DEFAULT_ENVIRONMENT
+    wrong = names.environment_name(name)
+    if wrong:
+        raise usage_error(f"{flag}: {wrong}")
+    return name
 
 
 _ENVIRONMENT = re.compile(r"[Ee]nvironment '(?P<name>[^']+)' (?:was )?(?:not found|does not exist)")

@@ -12,23 +12,31 @@ import unicodedata
 
 _OBJECT = re.compile(r"[a-zA-Z0-9._-]{1,64}")
 _APP_ID = re.compile(r"ap-[a-zA-Z0-9]{22}")
-_ENVIRONMENT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}")
+# With periods: new Environments cannot have them, but there are old ones that do.
+_ENVIRONMENT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def object_name(text: str) -> str | None:
-    """A name of an App, a Secret or a Volume."""
+    """A name of a Secret or a Volume."""
     if _OBJECT.fullmatch(text) and not _APP_ID.fullmatch(text):
         return None
     return f"{text!r} is refused by Modal: 1 to 64 letters, digits, '.', '_' or '-', and not like an App id"
 
 
+def app_name(text: str) -> str | None:
+    """A name of an App: as Modal takes it, and as it can stand in a command (`gpuctl logs NAME`) and name a file."""
+    if text.startswith("-") or text in (".", ".."):
+        return f"{text!r} would be read as an option or a folder: start it with a letter or digit"
+    return object_name(text)
+
+
 def environment_name(text: str) -> str | None:
-    """A name of a Modal Environment."""
+    """A name of a Modal Environment that may exist."""
     if _ENVIRONMENT.fullmatch(text) and not text.lower().startswith("en-"):
         return None
     return (
-        f"{text!r} is refused by Modal: 1 to 64 letters, digits, '_' or '-', "
+        f"{text!r} is refused by Modal: 1 to 64 letters, digits, '.', '_' or '-', "
         "starting with a letter or digit, and not with 'en-'"
     )
 

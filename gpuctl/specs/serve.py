@@ -146,7 +146,7 @@ class ServeSpec:
                 "--gpu: required, for example --gpu H100; to run without a GPU, use --local"
                 + (" before the --: what follows that goes to vLLM" if "--local" in engine_args else "")
             )
-        read.rule("--name", name, names.object_name)
+        read.rule("--name", name, names.app_name)
         read.rule("--env", env, names.environment_name)
         read.rule("--deploy-tag", deploy_tag, lambda text: names.tag(text, longest=50))
 

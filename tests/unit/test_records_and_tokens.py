@@ -171,6 +171,16 @@ def test_the_environment_is_the_one_that_the_client_would_choose(
     assert reach.environment_name(Target.MODAL, None) == "staging"
 
 
+@pytest.mark.parametrize("name", ["../..", "*", "a/b", "en-1", ""])
+def test_an_environment_is_a_name_before_it_is_a_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name:
+        with pytest.raises(GpuctlError, match="--env: "):
+            reach.environment_name(Target.LOCAL, name)
+    monkeypatch.setenv("MODAL_ENVIRONMENT", name or "a b")
+    with pytest.raises(GpuctlError, match="MODAL_ENVIRONMENT: "):
+        reach.environment_name(Target.MODAL, None)
+
+
 def test_tokens_belong_to_the_account(tmp_path: Path) -> None:
     config = tmp_path / "modal.toml"
     config.write_text('[work]\ntoken_id = "ak-1"\nactive = true\n[home]\ntoken_id = "ak-2"\n')

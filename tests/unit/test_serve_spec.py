@@ -242,10 +242,16 @@ def test_names_are_refused_as_modal_refuses_them(text: str) -> None:
         return
     assert (names.object_name(text) is None) == name_utils.is_valid_object_name(text)
     assert (names.environment_name(text) is None) == name_utils.is_valid_environment_name(
-        text, allow_periods=False
+        text, allow_periods=True
     )
     assert (names.tag(text, longest=50) is None) == name_utils.is_valid_tag(text)
     assert (names.tag(text, longest=63) is None) == name_utils.is_valid_tag(text, 63)
+
+
+@pytest.mark.parametrize("name", [".", "..", "-x", "--local", "a" * 65, "a/b", "ap-" + "a" * 22])
+def test_a_name_must_do_as_a_word_of_a_command_and_as_a_file(name: str) -> None:
+    with pytest.raises(GpuctlError, match="--name: "):
+        ServeSpec.from_options(model="tiny", name=name, target=Target.LOCAL)
 
 
 @given(st.from_regex(r"/?[a-z./]{0,12}", fullmatch=True) | st.sampled_from(["/", "/root", "/tmp", "/root/x"]))
