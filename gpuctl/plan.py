@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpuctl import catalog
-from gpuctl.render import render_serve
+from gpuctl.render import engine_args, render_serve
+from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
 from gpuctl.specs.gpu import ANY
 from gpuctl.target import Target
 
@@ -115,16 +116,32 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _local_notes(spec: ServeSpec) -> Iterator[str]:
-    engine = catalog.vllm()
+    cpu, cuda = catalog.vllm().cpu, catalog.vllm().cuda
     asked = f"; the GPU asked for, {spec.gpu}, is in the file, but not used" if spec.gpu else ""
     yield (
-        f"local: the engine is {engine.cpu.package} {spec.vllm_version} on this machine's CPU{asked}. "
-        f"On Modal only this would differ: {engine.cuda.package} {spec.vllm_version} on {engine.cuda.base}, and the GPU"
+        f"local: the engine is {cpu.package} {spec.vllm_version} on this machine's CPU{asked}. On Modal only the "
+        f"engine's build and the device would differ: {', '.join(_on_modal(spec, cpu, cuda))}"
     )
     if spec.model.repo is not None:
         size = spec.model.download_gib
         much = f"about {size:.0f} GiB" if size else "of unknown size"
         yield f"local: the weights ({much}) are downloaded to this machine and run on its CPU; for a rehearsal use tiny"
+
+
+def _on_modal(spec: ServeSpec, cpu: catalog.Build, cuda: catalog.Build) -> Iterator[str]:
+    """What the file would say there that it does not say here, and the other way round."""
+    yield f"{cuda.package} {spec.vllm_version} on {cuda.base}"
+    if spec.gpu is None:
+        yield "a GPU"
+    elif spec.gpu.tensor_parallel == 1:
+        yield f"{spec.gpu}"
+    else:
+        yield f"{spec.gpu} with the model split over the container's GPUs"
+    if not gives(spec.engine_args, GPU_MEMORY_UTILIZATION):
+        yield f"of whose memory the engine takes {cuda.gpu_memory_utilization:.0%}"
+    there = [*engine_args(spec, cuda), *spec.engine_args, *cuda.env]
+    only_here = [word for word in (*engine_args(spec, cpu), *cpu.env) if word not in there]
+    yield f"without the settings for a CPU ({', '.join(only_here)})"
 
 
 def _cost(spec: ServeSpec, choices: Sequence[GpuChoice]) -> str:

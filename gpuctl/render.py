@@ -1,4 +1,4 @@
-"""A spec becomes source. May import: gpuctl.errors, catalog, specs, target; jinja2 where it is used.
+"""A spec becomes source. May import: gpuctl.errors, specs, target; jinja2 where it is used.
 
 Every value enters a template as a Python literal (`finalize`), so that no text of a user's can become code; what is
 code already says so by its type (`Code`). The output is formatted as `ruff format` would leave it, by construction:
@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpuctl import __version__, catalog
+from gpuctl import __version__
 from gpuctl.errors import GpuctlError
 from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
 from gpuctl.specs.serve import CACHES, Amount
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import jinja2
 
+    from gpuctl import catalog
     from gpuctl.specs.serve import ServeSpec
 
 _WIDTH = 88  # ruff's default
@@ -39,7 +40,6 @@ def render_serve(spec: ServeSpec, *, argv: Sequence[str]) -> str:
     build = spec.engine_build
     tiny = spec.model.repo is None
     local = spec.target is Target.LOCAL
-    engine_args = [*build.args, *(_TINY_ARGS if tiny else ())]
     context = {
         "header": header(argv),
         "tiny": tiny,
@@ -53,9 +53,9 @@ def render_serve(spec: ServeSpec, *, argv: Sequence[str]) -> str:
         "tensor_parallel": 1 if local or spec.gpu is None else spec.gpu.tensor_parallel,
         "gpu_memory_utilization": None
         if gives(spec.engine_args, GPU_MEMORY_UTILIZATION)
-        else catalog.vllm().gpu_memory_utilization,
+        else build.gpu_memory_utilization,
         "max_model_len": spec.max_model_len,
-        "engine_args": [*dict.fromkeys(engine_args), *spec.engine_args],
+        "engine_args": [*engine_args(spec, build), *spec.engine_args],
         "concurrency": spec.concurrency,
         "startup_timeout": spec.startup_timeout,
         "tags": spec.tags,
@@ -80,6 +80,11 @@ def render_serve(spec: ServeSpec, *, argv: Sequence[str]) -> str:
         "auth": spec.auth,
     }
     return _environment().get_template("serve/vllm.py.jinja").render(context)
+
+
+def engine_args(spec: ServeSpec, build: catalog.Build) -> list[str]:
+    """The arguments that gpuctl gives the engine of itself, with this build."""
+    return list(dict.fromkeys([*build.args, *(_TINY_ARGS if spec.model.repo is None else ())]))
 
 
 _TINY_ARGS = ("--load-format", "dummy", "--enforce-eager")

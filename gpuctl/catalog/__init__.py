@@ -63,6 +63,7 @@ class Build:
     package: str
     since: str | None  # the oldest version that the base suits
     index: str | None
+    gpu_memory_utilization: float | None
     remove: tuple[str, ...]
     args: tuple[str, ...]
     env: Mapping[str, str]
@@ -73,7 +74,6 @@ class Engine:
     """vLLM: the version that gpuctl takes unless told otherwise, and its builds."""
 
     version: str
-    gpu_memory_utilization: float
     cuda: Build
     cpu: Build
 
@@ -129,7 +129,6 @@ def vllm() -> Engine:
     row = _table("engines.toml")["vllm"]
     return Engine(
         version=row["version"],
-        gpu_memory_utilization=row["gpu_memory_utilization"],
         cuda=_build(row["cuda"]),
         cpu=_build(row["cpu"]),
     )
@@ -142,6 +141,7 @@ def _build(row: Mapping[str, Any]) -> Build:
         package=row["package"],
         since=row.get("since"),
         index=row.get("index"),
+        gpu_memory_utilization=row.get("gpu_memory_utilization"),
         remove=tuple(row.get("remove", ())),
         args=tuple(row["args"]),
         env=MappingProxyType(dict(row["env"])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import pytest
@@ -73,6 +74,34 @@ def test_what_differs_locally_is_said() -> None:
     assert "about 15 GiB" in said
     assert "cost" not in said
     assert "nonsense" in notes(model="tiny", gpu=None, target=Target.LOCAL)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gpu": "H100:2"},
+        {"gpu": "H100:2,L4"},
+        {"gpu": "L4", "engine_args": ["--gpu-memory-utilization=0.5", "--enforce-eager"]},
+        {"model": "tiny", "gpu": None},
+    ],
+)
+def test_all_that_differs_locally_is_said(options: dict[str, Any]) -> None:
+    """Whatever stands in one of the two files only is in the note, or is how an image is built."""
+
+    def words(target: Target) -> set[str]:
+        gpu = {"gpu": options["gpu"] or "T4"} if target is Target.MODAL else {}
+        source = plan(**options | {"target": target} | gpu).source
+        return set(re.findall(r"--[a-z-]+|[A-Z][A-Z_]+(?= =|\":)", source))
+
+    here, there = words(Target.LOCAL), words(Target.MODAL)
+    assert there - here <= {"GPU_MEMORY_UTILIZATION", "GPU", "--gpu-memory-utilization", "--list-gpus"}
+    said = notes(**options, target=Target.LOCAL)
+    for word in here - there - {"--local", "ENGINE_ARGS", "TENSOR_PARALLEL"}:
+        assert re.search(rf"without the settings for a CPU .*{word}", said), word
+    assert ("the engine takes 92%" in said) == ("GPU_MEMORY_UTILIZATION" in there)
+    assert ("the model split over" in said) == (options["gpu"] in ("H100:2", "H100:2,L4"))
+    if "engine_args" in options:
+        assert "(--enforce-eager" not in said
 
 
 def test_a_gated_model_without_a_token_says_how_to_give_one() -> None:

@@ -182,12 +182,18 @@ def test_local_and_modal_differ_in_the_engine_and_the_device_only() -> None:
     assert 'f"vllm=={VLLM_VERSION}"' in "\n".join(cloud)
 
 
+GPU_SHARE = (
+    "GPU_MEMORY_UTILIZATION = 0.92  # the share of a GPU that the engine may take\n",
+    '        "--gpu-memory-utilization",\n        str(GPU_MEMORY_UTILIZATION),\n',
+)
+
+
 def rest(lines: list[str]) -> list[str]:
-    """The module without its image and the engine's extra arguments."""
+    """The module without its image, the engine's extra arguments and its share of the GPU."""
     text = "\n".join(lines)
     start, end = text.index("\napp = "), text.index("@app.server")
     kept = text[:start] + text[end:]
-    for part in ('ENGINE_ARGS = [\n    "--enforce-eager",\n]\n', "        *ENGINE_ARGS,\n"):
+    for part in ('ENGINE_ARGS = [\n    "--enforce-eager",\n]\n', "        *ENGINE_ARGS,\n", *GPU_SHARE):
         kept = kept.replace(part, "")
     return kept.splitlines()
 

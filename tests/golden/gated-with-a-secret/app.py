@@ -33,7 +33,7 @@ SERVED_NAMES = [
 VLLM_VERSION = "0.32.0"
 GPU = "L40S"
 TENSOR_PARALLEL = 1  # the model is split over so many devices
-GPU_MEMORY_UTILIZATION = 0.92  # the share that the engine may take
+GPU_MEMORY_UTILIZATION = 0.92  # the share of a GPU that the engine may take
 
 # Requests that one container takes at once: above it the engine would only queue them,
 # so Modal answers 429, and starts another container if it may.

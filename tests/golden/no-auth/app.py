@@ -33,7 +33,7 @@ SERVED_NAMES = [
 VLLM_VERSION = "0.32.0"
 GPU = "A10:2"
 TENSOR_PARALLEL = 2  # the model is split over so many devices
-GPU_MEMORY_UTILIZATION = 0.92  # the share that the engine may take
+GPU_MEMORY_UTILIZATION = 0.92  # the share of a GPU that the engine may take
 MAX_MODEL_LEN = 8192  # tokens, question and answer together
 
 # Requests that one container takes at once: above it the engine would only queue them,

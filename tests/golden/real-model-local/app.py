@@ -33,7 +33,6 @@ SERVED_NAMES = [
 VLLM_VERSION = "0.32.0"
 GPU = "L4:2"
 TENSOR_PARALLEL = 1  # the model is split over so many devices
-GPU_MEMORY_UTILIZATION = 0.92  # the share that the engine may take
 MAX_MODEL_LEN = 2048  # tokens, question and answer together
 ENGINE_ARGS = [
     "--enforce-eager",
@@ -69,6 +68,7 @@ image = (
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
+            "VLLM_HOST_IP": "127.0.0.1",
         }
     )
 )
@@ -154,8 +154,6 @@ def engine_command() -> list[str]:
         str(TENSOR_PARALLEL),
         "--max-num-seqs",
         str(CONCURRENCY),
-        "--gpu-memory-utilization",
-        str(GPU_MEMORY_UTILIZATION),
         "--max-model-len",
         str(MAX_MODEL_LEN),
         *ENGINE_ARGS,

@@ -32,7 +32,6 @@ SERVED_NAMES = [
 
 VLLM_VERSION = "0.32.0"
 TENSOR_PARALLEL = 1  # the model is split over so many devices
-GPU_MEMORY_UTILIZATION = 0.92  # the share that the engine may take
 ENGINE_ARGS = [
     "--enforce-eager",
     "--load-format",
@@ -66,6 +65,7 @@ image = (
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
+            "VLLM_HOST_IP": "127.0.0.1",
             "HF_HUB_OFFLINE": "1",
         }
     )
@@ -149,8 +149,6 @@ def engine_command() -> list[str]:
         str(TENSOR_PARALLEL),
         "--max-num-seqs",
         str(CONCURRENCY),
-        "--gpu-memory-utilization",
-        str(GPU_MEMORY_UTILIZATION),
         *ENGINE_ARGS,
     ]
 
