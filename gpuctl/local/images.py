@@ -414,6 +414,8 @@ class _LayerBuild:
             return
         if dockerfile.is_package_index_update(words):
             return
+        if words == ["ln", "-s", "/usr/local/bin/python3", "/usr/local/bin/python"]:
+            return  # from the client, for add_python="3.12" and older; the environment has both names
         if (install := dockerfile.package_command(words)) is not None:
             if self._official_python and install[1:] == ["--upgrade", "pip", "wheel", "uv"]:
                 return  # debian_slim's own tools: this machine's installer does their work
