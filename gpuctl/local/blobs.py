@@ -18,6 +18,7 @@ from aiohttp import web
 from modal_proto import api_pb2
 
 from gpuctl.local.ids import content_id, is_id
+from gpuctl.local.sandbox import EGRESS_PORT
 from gpuctl.local.wire import Call, invalid, not_found, rpc
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Blobs:
         self._blocks = folder / "blocks"
         self._key = key
         self._runner: web.ServerRunner | None = None
-        self._base = ""
+        self.port = 0
         self._readers: dict[str, Callable[[str, int], bytes]] = {}
         shutil.rmtree(self._blocks, ignore_errors=True)  # uploads that an earlier plane did not see through
         for directory in (self._files, self._blobs, self._blocks):
@@ -52,7 +53,7 @@ class Blobs:
         self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self._base = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        self.port = int(self._runner.addresses[0][1])
 
     async def stop(self) -> None:
         if self._runner is not None:
@@ -81,9 +82,9 @@ class Blobs:
             raise invalid("The data does not have the SHA-256 that was given for it.")
         self._write(self._files / sha256_hex, data, 0o644)
 
-    def block_url(self, sha256_hex: str) -> str:
+    def block_url(self, sha256_hex: str, call: Call) -> str:
         """Where a block with this hash may be PUT. The answer to that is its name."""
-        return self.url(f"/block/{secrets.token_hex(16)}/{_checked_hash(sha256_hex)}")
+        return self.url(f"/block/{secrets.token_hex(16)}/{_checked_hash(sha256_hex)}", call)
 
     def block(self, name: bytes) -> Path | None:
         """The block of that name."""
@@ -108,26 +109,27 @@ class Blobs:
     # ---- RPCs
 
     @rpc("BlobCreate", differs="always one PUT, never parts")
-    async def create(self, request: Any, _call: Call) -> Any:
+    async def create(self, request: Any, call: Call) -> Any:
         try:
             digest = base64.b64decode(request.content_sha256_base64, validate=True)
         except binascii.Error as error:
             raise invalid("content_sha256_base64 is not base64") from error
         blob_id = content_id("bl", digest)
-        urls = api_pb2.UploadUrlList(items=[self.url(f"/blob/{blob_id}")])
+        urls = api_pb2.UploadUrlList(items=[self.url(f"/blob/{blob_id}", call)])
         return api_pb2.BlobCreateResponse(blob_id=blob_id, blob_ids=[blob_id], upload_urls=urls)
 
     @rpc("BlobGet")
-    async def get(self, request: Any, _call: Call) -> Any:
+    async def get(self, request: Any, call: Call) -> Any:
         if not is_id(request.blob_id, "bl") or not (self._blobs / request.blob_id).exists():
             raise not_found(f"Blob '{request.blob_id}' not found.")
-        return api_pb2.BlobGetResponse(download_url=self.url(f"/blob/{request.blob_id}"))
+        return api_pb2.BlobGetResponse(download_url=self.url(f"/blob/{request.blob_id}", call))
 
     # ---- HTTP
 
-    def url(self, path: str) -> str:
-        """A URL for `path` that this plane will honour."""
-        return f"{self._base}{urllib.parse.quote(path)}?signature={self._sign(path)}"
+    def url(self, path: str, call: Call) -> str:
+        """A URL for `path` that this plane will honour, as the caller reaches it."""
+        port = EGRESS_PORT if call.isolated else self.port
+        return f"http://127.0.0.1:{port}{urllib.parse.quote(path)}?signature={self._sign(path)}"
 
     def serve(self, kind: str, read: Callable[[str, int], bytes]) -> None:
         """GET /KIND/NAME/BLOCK is answered by `read(name, block)`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import select
@@ -11,12 +13,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 STATE_FILE = "plane.json"
 LOG_FILE = "plane.log"
+LOCK_FILE = "lock"
 _START_SECONDS = 30.0
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.02
@@ -40,6 +46,8 @@ class Plane:
             "MODAL_TOKEN_SECRET": self.token_secret,
             # A file that is not there: the user's own profiles must not leak in.
             "MODAL_CONFIG_PATH": str(self.state_dir / "no-modal-config.toml"),
+            # The plane is on this machine: the way to it must not lead over the user's HTTP proxy.
+            "MODAL_DISABLE_API_PROXY": "1",
         }
 
 
@@ -124,15 +132,28 @@ def ensure_up(state_dir: Path, cache_dir: Path) -> Plane:
 
 
 def down(state_dir: Path) -> None:
-    """Stop the plane and its containers; nothing of its state goes. Does nothing when it is not up."""
-    plane = running(state_dir)
-    if plane is None:
-        return
+    """Stop the plane and its containers; nothing of its state goes. Does nothing when it is not up.
+
+    One that is starting is waited for, and so is one that somebody else is stopping.
+    """
+    from gpuctl.local import sockets
+
+    deadline = time.monotonic() + _STOP_SECONDS
+    while (plane := running(state_dir)) is None:
+        with _held(state_dir) as ours:
+            if ours:
+                sockets.remove(state_dir)  # what a plane that was killed left outside of its state
+                return
+        if time.monotonic() > deadline:
+            raise GpuctlError(
+                "the local control plane neither starts nor ends", hint=f"its log: {state_dir / LOG_FILE}"
+            )
+        time.sleep(_POLL_SECONDS)
     started = process_start(plane.pid)
     if started is None:
         return
-    os.kill(plane.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(plane.pid, signal.SIGTERM)
     while process_start(plane.pid) == started:
         if time.monotonic() > deadline:
             raise GpuctlError(
@@ -140,6 +161,23 @@ def down(state_dir: Path) -> None:
                 hint=f"its log: {state_dir / LOG_FILE}",
             )
         time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _held(state_dir: Path) -> Iterator[bool]:
+    """Hold the state directory for a moment, as a plane does for its life; False where one has it."""
+    try:
+        lock = (state_dir / LOCK_FILE).open("r+")
+    except OSError:
+        yield True  # there was never a plane
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def _read_answer(reader: int) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,15 +132,30 @@ def _in_container(path: Path, sockets: Path) -> str:
 
 
 class ContainerRuntime:
-    """Starts containers under `run_dir` (one folder each, removed at its end).
+    """Starts containers under `run_dir` (one folder each, removed at its end), their sockets under `sockets`.
+
+    `hide` are folders of this machine that no container may see, beside the home and the folder of `run_dir`.
+    `http_port` is the plane's own port for blobs on this machine's loopback, which containers reach by the egress
+    proxy.
 
     `on_log(task id, file descriptor, text)` gets the output in whole lines, "\\n" included, 1 for standard output
     and 2 for standard error. Raises GpuctlError where no sandbox works, saying what to install.
     """
 
-    def __init__(self, run_dir: Path, *, on_log: Callable[[str, int, str], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        sockets: Path,
+        *,
+        on_log: Callable[[str, int, str], None],
+        hide: tuple[Path, ...] = (),
+        http_port: int = 0,
+    ) -> None:
         self.backend = sandbox.find_backend()
         self._run_dir = run_dir
+        self._sockets = sockets
+        self._hide = (Path.home(), run_dir.parent, *hide)
+        self._http_port = http_port
         self._on_log = on_log
         self._egress: EgressProxy | None = None
         self._watchers: set[asyncio.Task[None]] = set()
@@ -152,7 +166,8 @@ class ContainerRuntime:
         folder = self._run_dir / spec.task_id
         for name in ("tmp", "root"):
             (folder / name).mkdir(parents=True, mode=0o700)
-        sockets = self._short_folder(folder)
+        sockets = self._sockets / spec.task_id
+        sockets.mkdir(mode=0o700)
         (folder / "arguments.bin").write_bytes(spec.arguments)
 
         filesystem = await asyncio.to_thread(self._filesystem, spec, folder, sockets)
@@ -194,8 +209,7 @@ class ContainerRuntime:
                 # The id may belong to somebody else by now: only what was started for this folder is ended.
                 if str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
-            sockets = folder / "sockets"
-            self._remove(folder, sockets.resolve() if sockets.is_symlink() else sockets)
+            shutil.rmtree(folder, ignore_errors=True)
 
     async def _watch(
         self,
@@ -227,16 +241,20 @@ class ContainerRuntime:
             self._on_log(task_id, fd, pending.decode(errors="replace") + "\n")
 
     def _filesystem(self, spec: ContainerSpec, folder: Path, sockets: Path) -> sandbox.Filesystem:
-        filesystem = sandbox.Filesystem(hide=(Path.home(), self._run_dir.parent))
+        filesystem = sandbox.Filesystem(hide=self._hide)
         filesystem.bind(folder / "tmp", "/tmp", read_only=False)
         filesystem.bind(folder / "root", "/root", read_only=False)
         for interpreter in sandbox.interpreter_folders(spec.image.base_python):
             filesystem.show(interpreter)
         filesystem.bind(spec.image.tree, IMAGE_PATH, read_only=True)
         filesystem.bind(spec.image.client, CLIENT_PATH, read_only=True)
-        for source, target in self._place_files(spec, folder):
-            filesystem.bind(source, target, read_only=True)
+        places = self._place_files(spec, folder)
+        for source, target in places:
+            filesystem.bind(source, target, read_only=False)  # the container's own copies
         for volume in spec.volumes:
+            for source, target in places:
+                if volume.path.startswith(target + "/"):
+                    (source / os.path.relpath(volume.path, target)).mkdir(parents=True, exist_ok=True)
             filesystem.bind(volume.host, volume.path, read_only=volume.read_only)
         filesystem.bind(spec.server_socket, _PLANE_SOCKET, read_only=False)
         filesystem.bind(folder / "arguments.bin", _ARGUMENTS, read_only=True)
@@ -280,6 +298,8 @@ class ContainerRuntime:
             **spec.env,
             "MODAL_SERVER_URL": f"unix://{_PLANE_SOCKET}",
             "MODAL_CONTAINER_ARGUMENTS_PATH": _ARGUMENTS,
+            # The client's own calls need no way out: a unix socket, and URLs that the egress proxy serves itself.
+            "MODAL_DISABLE_API_PROXY": "1",
         }
         # As in the cloud: the client's own code first, then what the app mounted.
         environment["PYTHONPATH"] = ":".join(
@@ -293,7 +313,7 @@ class ContainerRuntime:
 
     async def _egress_socket(self) -> Path:
         if self._egress is None:
-            self._egress = EgressProxy(self._short_folder(self._run_dir / "egress") / "egress.sock")
+            self._egress = EgressProxy(self._sockets / "egress.sock", self._http_port)
             await self._egress.start()
         return self._egress.path
 
@@ -302,15 +322,6 @@ class ContainerRuntime:
         if self._egress is not None:
             await self._egress.close()
             self._egress = None
-
-    def _short_folder(self, owner: Path) -> Path:
-        """A folder for unix sockets, whose paths are limited to about 107 bytes; `owner` remembers it for `sweep`."""
-        owner.mkdir(exist_ok=True, mode=0o700)
-        sockets = Path(tempfile.mkdtemp(prefix="gpuctl-"))
-        link = owner / "sockets"
-        link.unlink(missing_ok=True)
-        link.symlink_to(sockets)
-        return sockets
 
     def _remove(self, folder: Path, sockets: Path) -> None:
         shutil.rmtree(sockets, ignore_errors=True)

@@ -14,17 +14,16 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
-from gpuctl.local.client import LOG_FILE, STATE_FILE, process_start
+from gpuctl.local import sockets
+from gpuctl.local.client import LOCK_FILE, LOG_FILE, STATE_FILE, process_start
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,18 +90,14 @@ def _own(state_dir: Path, *, log_to_file: bool) -> Any:
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         state_dir.chmod(0o700)
-        lock = (state_dir / "lock").open("a+")
+        lock = (state_dir / LOCK_FILE).open("a+")
     except OSError as error:
         raise GpuctlError(f"the state directory {state_dir} cannot be used: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(lock):
             lock.seek(0)
             pid = lock.read().strip() or "another process"
-            raise _TakenError(
-                f"the local control plane is already up (pid {pid})", exit_code=EXIT_USAGE
-            ) from None
+            raise _TakenError(f"the local control plane is already up (pid {pid})", exit_code=EXIT_USAGE)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -116,6 +111,18 @@ def _own(state_dir: Path, *, log_to_file: bool) -> Any:
         for noisy in ("asyncio", "hpack", "grpclib", "aiohttp"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         yield
+
+
+def _take(lock: Any) -> bool:
+    """Lock the file; whoever only looks whether it is locked holds it for a moment, so it is tried a few times."""
+    for _ in range(5):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        else:
+            return True
+    return False
 
 
 def _redirect_output(path: Path) -> None:
@@ -144,8 +151,9 @@ async def _serve(state_dir: Path, cache_dir: Path, port: int | None, ready: Any)
         await stop.wait()
         log.info("stopping")
     finally:
-        await plane.stop()
+        # First: who looks for a plane now must wait for the next, not talk to this one.
         (state_dir / STATE_FILE).unlink(missing_ok=True)
+        await plane.stop()
     log.info("down")
     return 0
 
@@ -179,6 +187,7 @@ class ControlPlane:
         from gpuctl.local.volumes import Volumes
 
         self._state_dir = state_dir
+        self._cache_dir = cache_dir
         self._store = store = Store(state_dir / "plane.db")
         self._token_id = self._remembered("token_id", lambda: new_id("ak"))
         self._token_secret = self._remembered("token_secret", lambda: new_id("as"))
@@ -191,7 +200,7 @@ class ControlPlane:
         self._volumes = Volumes(store, self._environments, self._blobs, state_dir / "volumes")
         self._secrets = Secrets(store, self._environments, state_dir / "secrets", key)
         self._proxy_tokens = ProxyTokens(store, self._environments)
-        self._images = Images(ImageStore(cache_dir), self._mounts, self._secrets)
+        self._images = Images(ImageStore(cache_dir, hide=(state_dir,)), self._mounts, self._secrets)
         self._servers = Servers(store, self._environments, self._logs, self._proxy_tokens)
         self._functions = Functions(
             store, self._environments, open_url=self._servers.open, url_of=self._servers.url_of
@@ -220,7 +229,6 @@ class ControlPlane:
         )
         self._runtime: Any = None
         self._listeners: list[Any] = []
-        self._socket_dir: Path | None = None
         self._watch: asyncio.Task[None] | None = None
         self.url = ""
 
@@ -272,21 +280,24 @@ class ControlPlane:
 
         listener = self._listener(port)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._runtime = ContainerRuntime(self._state_dir / "run", on_log=self._tasks.on_log)
-        self._runtime.sweep()
         await self._blobs.start()
+        # Containers use a unix socket.
+        folder = sockets.make(self._state_dir)
+        self._runtime = ContainerRuntime(
+            self._state_dir / "run",
+            folder,
+            on_log=self._tasks.on_log,
+            hide=(self._state_dir, self._cache_dir),
+            http_port=self._blobs.port,
+        )
+        self._runtime.sweep()
 
         endpoints = self.endpoints()
         services = [
             build(ModalClientBase, endpoints, self._authenticate),
             build(TaskCommandRouterBase, {}, self._authenticate),
         ]
-        # Containers use a unix socket. Its path must be short, which a state directory's need not be.
-        if (before := self._store.meta("socket_dir")) and Path(before).name.startswith("gpuctl-"):
-            shutil.rmtree(before, ignore_errors=True)
-        self._socket_dir = Path(tempfile.mkdtemp(prefix="gpuctl-"))
-        self._store.set_meta("socket_dir", str(self._socket_dir))
-        path = str(self._socket_dir / "plane.sock")
+        path = str(folder / "plane.sock")
         for place in ({"sock": listener}, {"path": path}):
             server = Server(services)
             await server.start(**place)
@@ -322,8 +333,8 @@ class ControlPlane:
 
         version = header("x-modal-client-version")
         if task_id := header("x-modal-task-id"):
-            if self._tasks.of_credentials(task_id, header("x-modal-task-secret")):
-                return Call(task_id, version)
+            if task := self._tasks.of_credentials(task_id, header("x-modal-task-secret")):
+                return Call(task_id, version, task.isolated)
         elif hmac.compare_digest(
             header("x-modal-token-id").encode(), self._token_id.encode()
         ) and hmac.compare_digest(header("x-modal-token-secret").encode(), self._token_secret.encode()):
@@ -348,8 +359,7 @@ class ControlPlane:
             await self._runtime.close()
         self._logs.flush()
         self._store.close()
-        if self._socket_dir is not None:
-            shutil.rmtree(self._socket_dir, ignore_errors=True)
+        sockets.remove(self._state_dir)
 
 
 if __name__ == "__main__":

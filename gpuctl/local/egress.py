@@ -1,8 +1,9 @@
 """The way out for containers with a network of their own: an HTTP proxy on a unix socket. Standard library only.
 
 A server's container can reach its own loopback and nothing else; so that engines can download weights, it gets
-HTTP_PROXY and HTTPS_PROXY, which lead here. As in the cloud, this machine's own loopback cannot be reached
-through it. Where the plane itself has to use a proxy (its environment says so), this one goes through that.
+HTTP_PROXY and HTTPS_PROXY, which lead here. As in the cloud, this machine's own loopback cannot be reached through
+it, but for the plane's signed URLs (blobs, files of Volumes), which a container asks for as its own. Where the plane
+itself has to use a proxy (its environment says so), this one goes through that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import asyncio
 import base64
 import contextlib
 import ipaddress
-import shutil
 import socket
 import urllib.parse
 import urllib.request
@@ -26,10 +26,14 @@ _HEAD_BYTES = 64 * 1024
 
 
 class EgressProxy:
-    """Serves CONNECT (https) and absolute-form (http) requests on the unix socket `path`."""
+    """Serves CONNECT (https) and absolute-form (http) requests on the unix socket `path`.
 
-    def __init__(self, path: Path) -> None:
+    A request for a mere path goes to the plane's own port `http_port`, which serves signed URLs alone; 0 for none.
+    """
+
+    def __init__(self, path: Path, http_port: int = 0) -> None:
         self.path = path
+        self._http_port = http_port
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -37,10 +41,10 @@ class EgressProxy:
         self._server = await asyncio.start_unix_server(self._serve, self.path, limit=_HEAD_BYTES)
 
     async def close(self) -> None:
-        """Stop listening and remove the socket with its folder."""
+        """Stop listening and remove the socket."""
         if self._server is not None:
             self._server.close()
-        shutil.rmtree(self.path.parent, ignore_errors=True)
+        self.path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -94,18 +98,19 @@ class EgressProxy:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        url = urllib.parse.urlsplit(target)
+        own = target.startswith("/") and self._http_port
+        url = urllib.parse.urlsplit(f"http://127.0.0.1:{self._http_port}{target}" if own else target)
         if url.scheme != "http" or not url.hostname:
             raise ValueError(f"only absolute http:// addresses can be asked for here, not {target}")
         _, headers = head.split(b"\r\n", 1)
         kept = [
             h for h in headers.split(b"\r\n") if h and not h.lower().startswith((b"proxy-", b"connection:"))
         ]
-        if (parent := _parent_proxy("http", url.hostname)) is not None:
+        if not own and (parent := _parent_proxy("http", url.hostname)) is not None:
             out_reader, out_writer = await _connect(parent.hostname or "", parent.port or 80, trusted=True)
             first = f"{method} {target} HTTP/1.1\r\n{_authorization(parent)}"
         else:
-            out_reader, out_writer = await _connect(url.hostname, url.port or 80)
+            out_reader, out_writer = await _connect(url.hostname, url.port or 80, trusted=bool(own))
             path = urllib.parse.urlunsplit(("", "", url.path or "/", url.query, ""))
             first = f"{method} {path} HTTP/1.1\r\n"
         # One request a connection: the next one may be for another host.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -93,9 +94,14 @@ class _Layer:
 
 
 class ImageStore:
-    """Builds images and finds those that are built already, by this plane or an earlier one."""
+    """Builds images and finds those that are built already, by this plane or an earlier one.
 
-    def __init__(self, cache_dir: Path) -> None:
+    `hide` are folders of this machine that the commands of a build may not see, beside the home and the cache.
+    """
+
+    def __init__(self, cache_dir: Path, *, hide: tuple[Path, ...] = ()) -> None:
+        # What the commands of a build may not see: secrets, other images.
+        self.hide = (Path.home(), cache_dir.absolute(), *hide)
         self._images = cache_dir.absolute() / "images"
         self._clients = cache_dir.absolute() / "clients"
         self._building: dict[str, asyncio.Task[BuiltImage]] = {}
@@ -237,6 +243,10 @@ class ImageStore:
             making.rename(folder)
 
 
+_READ_ONLY_HINT = (
+    ": here a build can write to /root, /tmp, the Python environment and what add_local_… copied; "
+    "the rest is this machine's own system, read-only"
+)
 _FORMAT = 1  # of the trees; raise it when old ones can no longer be used
 
 
@@ -254,6 +264,7 @@ class _LayerBuild:
         log: Log,
         python_hint: str,
     ) -> None:
+        self._hide = store.hide
         self._folder = folder
         self._image = image
         self._context = {os.path.normpath("/" + path): host for path, host in context_files.items()}
@@ -404,6 +415,8 @@ class _LayerBuild:
             await self._new_environment(self._python_hint)
         if self._official_python and "debconf-set-selections" in command:
             return
+        if self._python_hint and command == "ln -s /usr/local/bin/python3 /usr/local/bin/python":
+            return  # add_python: the environment has both names
         words = dockerfile.words(command)
         if words is None:
             await self._shell(command)
@@ -458,7 +471,7 @@ class _LayerBuild:
             (tree / name).mkdir(exist_ok=True)
         # A command may change files in place; the parent's must not change with them.
         await asyncio.to_thread(_break_links, tree)
-        filesystem = sandbox.Filesystem(hide=(Path.home(), self._folder.parent))
+        filesystem = sandbox.Filesystem(hide=self._hide)
         filesystem.bind(tree / "home", "/root", read_only=False)
         for folder in sandbox.interpreter_folders(self._layer.base_python):
             filesystem.show(folder)
@@ -487,7 +500,7 @@ class _LayerBuild:
         launched = await sandbox.launch(scratch, filesystem, program, merge_stderr=True)
         code, reason = -9, ""
         try:
-            await _copy_output(launched.process, self._log)
+            tail = await _copy_output(launched.process, self._log)
             async for raw in launched.reader:
                 word, _, rest = raw.decode(errors="replace").strip().partition(" ")
                 if word == "exit":
@@ -499,7 +512,8 @@ class _LayerBuild:
             launched.writer.close()  # whatever happened, nothing of it runs on
             shutil.rmtree(scratch, ignore_errors=True)
         if code != 0:
-            raise ImageBuildError(f"RUN {command} ended with {reason or f'exit code {code}'}")
+            hint = _READ_ONLY_HINT if os.strerror(errno.EROFS) in tail + reason else ""
+            raise ImageBuildError(f"RUN {command} ended with {reason or f'exit code {code}'}{hint}")
 
     def _warn(self, text: str) -> None:
         if text not in self._layer.warnings:

@@ -61,32 +61,41 @@ class Mount:
 
 @dataclass
 class Filesystem:
-    """The mounts of one container, in the order in which they are made.
+    """The mounts of one container.
 
     `hide` are host folders that must not be visible wherever they lie (the plane's state and cache, the home).
+    Things are bound in any order; `mounts` puts what lies higher first, so that nothing covers anything.
     """
 
     hide: tuple[Path, ...] = ()
-    mounts: list[Mount] = field(default_factory=list)
-    _scaffolded: set[str] = field(default_factory=set)
+    _base: list[Mount] = field(default_factory=list)
+    _placed: list[Mount] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.mounts.append(Mount("tmpfs", "/"))
-        self._bind_children("/", skip=_HIDDEN)
+        real = (Path(os.path.realpath(hidden)) for hidden in self.hide)
+        self.hide = tuple(folder for folder in dict.fromkeys(real) if folder != Path("/"))  # HOME=/ happens
+        self._base.append(Mount("tmpfs", "/"))
+        self._base += self._children("/", skip=_HIDDEN)
         for place in ("/home", "/mnt", "/run", "/srv", "/media"):
-            self.mounts.append(Mount("tmpfs", place))
-        for hidden in self.hide:
-            if self._visible(str(hidden)) and hidden.is_dir():
-                self.mounts.append(Mount("tmpfs", str(hidden)))
-        self.mounts.append(Mount("proc", "/proc"))
+            self._base.append(Mount("tmpfs", place))
+        self._base.append(Mount("proc", "/proc"))
         self._devices()
         self._resolver()
 
+    @property
+    def mounts(self) -> list[Mount]:
+        """All of them, in the order in which they are made."""
+        placed = sorted(self._placed, key=lambda mount: mount.target.count("/"))
+        scaffolds = {self._scaffold(mount) for mount in placed} - {""}
+        made: list[Mount] = []
+        for ancestor in sorted(scaffolds, key=lambda path: path.count("/")):
+            made.append(Mount("tmpfs", ancestor))
+            made += self._children(ancestor)
+        return [*self._base, *made, *placed]
+
     def bind(self, source: Path, target: str, *, read_only: bool) -> None:
         """Show `source` (a file or folder of the host) at `target`, which need not exist on the host."""
-        target = os.path.normpath(target)
-        self._scaffold(target)
-        self.mounts.append(Mount("ro_bind" if read_only else "bind", target, str(source)))
+        self._placed.append(Mount("ro_bind" if read_only else "bind", self._real(target), str(source)))
 
     def show(self, folder: Path) -> None:
         """Show a host folder, read-only, at its own path, where it would otherwise be hidden."""
@@ -94,54 +103,78 @@ class Filesystem:
 
     def directory(self, target: str) -> None:
         """Make sure that `target` exists; made writable (in memory) where the host lacks it."""
+        target = self._real(target)
         if not (self._visible(target) and Path(target).is_dir()):
-            self._scaffold(os.path.join(target, "x"))
-            self.mounts.append(Mount("dir", target))
+            self._placed.append(Mount("dir", target))
 
     def _devices(self) -> None:
-        self.mounts.append(Mount("dev", "/dev"))
+        self._base.append(Mount("dev", "/dev"))
         for entry in sorted(Path("/dev").iterdir()):
             if entry.name.startswith(_GPU_DEVICES):
-                self.mounts.append(Mount("bind", str(entry), str(entry)))
+                self._base.append(Mount("bind", str(entry), str(entry)))
 
     def _resolver(self) -> None:
         # systemd-resolved keeps the real file under /run, which is hidden; without it no name resolves.
         real = os.path.realpath("/etc/resolv.conf")
         if real.startswith("/run/") and os.path.isfile(real):
-            self.mounts.append(Mount("ro_bind", real, real))
+            self._base.append(Mount("ro_bind", real, real))
 
-    def _bind_children(self, directory: str, *, skip: tuple[str, ...] = ()) -> None:
+    def _children(self, directory: str, *, skip: tuple[str, ...] = ()) -> list[Mount]:
+        """Each entry of a host folder at its own path; what is hidden below it stays so."""
+        mounts: list[Mount] = []
         with os.scandir(directory) as entries:
             for entry in sorted(entries, key=lambda e: e.name):
                 if entry.path in skip:
                     continue
                 if entry.is_symlink():
-                    self.mounts.append(Mount("symlink", entry.path, os.readlink(entry.path)))
+                    mounts.append(Mount("symlink", entry.path, os.readlink(entry.path)))
                 else:
-                    self.mounts.append(Mount("ro_bind", entry.path, entry.path))
+                    mounts.append(Mount("ro_bind", entry.path, entry.path))
+        for hidden in self.hide:
+            inside = hidden != Path(directory) and hidden.is_relative_to(directory)
+            if inside and hidden.is_dir() and not _within(str(hidden), skip):
+                mounts.append(Mount("tmpfs", str(hidden)))
+        return mounts
 
     def _visible(self, path: str) -> bool:
         """Whether `path` shows the host's own (read-only) content, rather than something of the container's."""
-        if any(path == place or path.startswith(place + "/") for place in (*_HIDDEN, *map(str, self.hide))):
-            return False
-        return path not in self._scaffolded
+        return not _within(path, (*_HIDDEN, *map(str, self.hide)))
 
-    def _scaffold(self, target: str) -> None:
-        """Make it possible to mount at `target` where the host lacks it and its parent is read-only.
+    def _real(self, target: str) -> str:
+        """`target` without the host's links in it: a mount upon one would land wherever it leads on the host."""
+        target = os.path.normpath("/" + target.lstrip("/"))
+        for _ in range(40):  # as many as the kernel follows
+            parts = target.split("/")[1:]
+            for count in range(1, len(parts) + 1):
+                prefix = "/" + "/".join(parts[:count])
+                if not self._visible(prefix):
+                    return target
+                if os.path.islink(prefix):
+                    rest = parts[count:]
+                    target = os.path.normpath(
+                        os.path.join(os.path.dirname(prefix), os.readlink(prefix), *rest)
+                    )
+                    break
+            else:
+                break
+        return target
+
+    def _scaffold(self, mount: Mount) -> str:
+        """The folder that has to be rebuilt so that `mount` finds a place where the host lacks it; "" for none.
 
         The deepest existing ancestor is replaced by a small file system in memory with each of the ancestor's
         entries bound back, so that a new mount point can be made in it.
         """
-        if not self._visible(target) or os.path.lexists(target):
-            return
-        ancestor = os.path.dirname(target)
+        if not self._visible(mount.target) or os.path.lexists(mount.target):
+            return ""
+        ancestor = os.path.dirname(mount.target)
         while not os.path.isdir(ancestor):
             ancestor = os.path.dirname(ancestor)
-        if ancestor == "/" or ancestor in self._scaffolded:
-            return
-        self._scaffolded.add(ancestor)
-        self.mounts.append(Mount("tmpfs", ancestor))
-        self._bind_children(ancestor)
+        return "" if ancestor == "/" else ancestor
+
+
+def _within(path: str, places: tuple[str, ...]) -> bool:
+    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
 
 
 def _probe(argv: list[str]) -> str | None:

@@ -55,6 +55,7 @@ class Task:
     announced: asyncio.Event = field(default_factory=asyncio.Event)  # its enter methods have run
     failure: str = ""  # what its own code reported as the reason of its end
     stopping: bool = False  # its end was asked for
+    isolated: bool = False  # it has a network of its own
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     exit_code: int | None = None
 
@@ -107,10 +108,10 @@ class Tasks:
                 task.app_id, task.function_id, task.id, STDERR if descriptor == 2 else STDOUT, text
             )
 
-    def of_credentials(self, task_id: str, secret: str) -> str | None:
-        """The id of the container that these credentials belong to."""
+    def of_credentials(self, task_id: str, secret: str) -> Task | None:
+        """The task whose container these credentials belong to."""
         task = self.live.get(task_id)
-        return task_id if task is not None and hmac.compare_digest(task.secret, secret) else None
+        return task if task and hmac.compare_digest(task.secret.encode(), secret.encode()) else None
 
     # ---- start and stop
 
@@ -127,7 +128,9 @@ class Tasks:
         """Start its container. What goes wrong ends the task, with a system line that says why."""
         try:
             assert self._runtime is not None
-            task.container = await self._runtime.start(self._spec(task, deployment))
+            spec = self._spec(task, deployment)
+            task.isolated = spec.isolated_network
+            task.container = await self._runtime.start(spec)
         except Exception as error:
             message = (
                 error.problems[0] if isinstance(error, GpuctlError) else str(getattr(error, "message", error))

@@ -146,7 +146,7 @@ class Volumes:
     # ---- their files
 
     @rpc("VolumePutFiles2")
-    async def put_files(self, request: Any, _call: Call) -> Any:
+    async def put_files(self, request: Any, call: Call) -> Any:
         """Called twice: the first answer names the blocks that are missing; the client sends those and asks again."""
         targets = [self.inside(request.volume_id, file.path) for file in request.files]
         missing = []
@@ -157,7 +157,7 @@ class Volumes:
                 raise already_exists(f"'{file.path}' already exists.")
             for number, block in enumerate(file.blocks):
                 if self._blobs.block(block.put_response) is None:
-                    url = self._blobs.block_url(block.contents_sha256.hex())
+                    url = self._blobs.block_url(block.contents_sha256.hex(), call)
                     missing.append(
                         api_pb2.VolumePutFiles2Response.MissingBlock(
                             file_index=index, block_index=number, put_url=url
@@ -192,14 +192,14 @@ class Volumes:
             part.unlink(missing_ok=True)
 
     @rpc("VolumeGetFile2", differs="ranges start and end at whole blocks")
-    async def get_file(self, request: Any, _call: Call) -> Any:
+    async def get_file(self, request: Any, call: Call) -> Any:
         path = self.inside(request.volume_id, request.path)
         if not path.is_file():
             raise not_found(f"No such file: '{request.path}'.")
         size = path.stat().st_size
         name = f"{request.volume_id}/{path.relative_to(self.root(request.volume_id).resolve())}"
         count = -(-size // BLOCK)
-        urls = [self._blobs.url(f"/volume/{name}/{number}") for number in range(count)]
+        urls = [self._blobs.url(f"/volume/{name}/{number}", call) for number in range(count)]
         return api_pb2.VolumeGetFile2Response(get_urls=urls, size=size, start=0, len=size)
 
     def _read_block(self, name: str, number: int) -> bytes:

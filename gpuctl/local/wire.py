@@ -23,10 +23,14 @@ _MARK = "__modal_rpc__"
 
 @dataclass(frozen=True)
 class Call:
-    """Who makes a call: the user's client, or the container `task_id`."""
+    """Who makes a call: the user's client, or the container `task_id`.
+
+    `isolated`: the caller has a network of its own, and reaches the plane's URLs only by its way out.
+    """
 
     task_id: str
     client_version: str
+    isolated: bool = False
 
 
 @dataclass(frozen=True)

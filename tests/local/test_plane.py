@@ -190,3 +190,45 @@ def test_the_user_s_profile_does_not_leak_in(new_plane: TestPlane) -> None:
     new_plane.up()
     environment = new_plane.now.client_env()
     assert not client.Path(environment["MODAL_CONFIG_PATH"]).exists()
+
+
+def test_a_killed_plane_leaves_nothing_after_the_next_up_or_down(new_plane: TestPlane) -> None:
+    def socket_folder() -> Path:
+        return (new_plane.state_dir / "sockets").readlink()
+
+    new_plane.up()
+    new_plane.deploy("killed", open=1, min=1)
+    first = socket_folder()
+    eventually(lambda: (first / "egress.sock").exists())
+    new_plane.kill()
+    new_plane.up()
+    assert not first.exists()
+    second = socket_folder()
+    new_plane.kill()
+    new_plane.down()
+    assert not second.exists()
+    assert not (new_plane.state_dir / "sockets").is_symlink()
+
+
+def test_down_ends_a_plane_that_is_still_starting(new_plane: TestPlane) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gpuctl.local.daemon",
+        "--detach",
+        "--state-dir",
+        str(new_plane.state_dir),
+    ]
+    subprocess.run([*command, "--cache-dir", str(new_plane.state_dir.parent / "cache")], check=True)
+    eventually(lambda: (new_plane.state_dir / "lock").exists(), every=0.001)
+    new_plane.down()
+    assert client.running(new_plane.state_dir) is None
+    new_plane.up()
+    new_plane.down()
+
+
+def test_the_user_s_http_proxy_is_not_between_the_client_and_the_plane(new_plane: TestPlane) -> None:
+    new_plane.up()
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:1")
+    new_plane.modal("volume", "create", "by-proxy", **nowhere)
+    new_plane.modal("volume", "put", "by-proxy", "plain.py", "/plain.py", **nowhere)

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from modal_proto import api_pb2
 
-from gpuctl.local import sandbox
+from gpuctl.local import sandbox, sockets
 from gpuctl.local.containers import Container, ContainerRuntime, ContainerSpec, FileBind, VolumeBind
 from gpuctl.local.egress import _is_this_machine
 from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore, _interpreter_behind, find_python
@@ -76,16 +76,22 @@ def run(image: BuiltImage, code: str, tmp_path: Path, **overrides: object) -> tu
             assert text.endswith("\n")
             out[fd] += text
 
-        runtime = ContainerRuntime(tmp_path / "state" / "run", on_log=log)
+        runtime = ContainerRuntime(tmp_path / "state" / "run", socket_folder(tmp_path), on_log=log)
         container = await runtime.start(spec(image, code, tmp_path, **overrides))
         code_ = await asyncio.wait_for(container.wait(), 60)
         await runtime.close()
+        sockets.remove(tmp_path / "state")
         assert list((tmp_path / "state" / "run").glob("ta-*")) == [], (
             "nothing is left of a container that ended"
         )
         return code_
 
     return asyncio.run(main()), out[1], out[2]
+
+
+def socket_folder(tmp_path: Path) -> Path:
+    (tmp_path / "state").mkdir(exist_ok=True)
+    return sockets.make(tmp_path / "state")
 
 
 def spec(image: BuiltImage, code: str, tmp_path: Path, **overrides: object) -> ContainerSpec:
@@ -290,7 +296,11 @@ async def post(container: Container, body: bytes) -> bytes:
 def test_two_containers_listen_on_one_port_and_large_bodies_pass(image: BuiltImage, tmp_path: Path) -> None:
     async def main() -> None:
         lines: list[str] = []
-        runtime = ContainerRuntime(tmp_path / "state" / "run", on_log=lambda _t, _f, text: lines.append(text))
+        runtime = ContainerRuntime(
+            tmp_path / "state" / "run",
+            socket_folder(tmp_path),
+            on_log=lambda _t, _f, text: lines.append(text),
+        )
         containers = [
             await runtime.start(spec(image, SERVER, tmp_path, task_id=f"ta-{n}", isolated_network=True))
             for n in range(2)
@@ -312,7 +322,9 @@ def test_a_program_that_ignores_the_request_to_end_is_ended_with_all_its_childre
     marker = f"sleep-{os.getpid()}"
 
     async def main() -> None:
-        runtime = ContainerRuntime(tmp_path / "state" / "run", on_log=lambda *_: None)
+        runtime = ContainerRuntime(
+            tmp_path / "state" / "run", socket_folder(tmp_path), on_log=lambda *_: None
+        )
         code = f"""
         import signal, subprocess, sys, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -335,10 +347,11 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from gpuctl.local.containers import ContainerRuntime
 from gpuctl.local.images import ImageStore
-from test_runtime import spec
+from test_runtime import socket_folder, spec
 async def main():
     image = ImageStore(Path({str(image.tree.parent.parent.parent)!r})).get({image.id!r})
-    runtime = ContainerRuntime(Path({str(tmp_path)!r}) / "state" / "run", on_log=lambda *_: None)
+    runtime = ContainerRuntime(
+        Path({str(tmp_path)!r}) / "state" / "run", socket_folder(Path({str(tmp_path)!r})), on_log=lambda *_: None)
     code = "import time, sys; sys.argv.append({marker!r}); time.sleep(600)"
     await runtime.start(spec(image, code, Path({str(tmp_path)!r})))
     print("started", flush=True)
@@ -352,7 +365,7 @@ asyncio.run(main())
     plane.kill()
     plane.wait()
     asyncio.run(wait_for(lambda: not processes(marker)))
-    runtime = ContainerRuntime(tmp_path / "state" / "run", on_log=lambda *_: None)
+    runtime = ContainerRuntime(tmp_path / "state" / "run", socket_folder(tmp_path), on_log=lambda *_: None)
     runtime.sweep()
     assert list((tmp_path / "state" / "run").iterdir()) == []
 
@@ -432,3 +445,102 @@ def test_where_no_sandbox_works_it_says_what_to_install(monkeypatch: pytest.Monk
         sandbox.find_backend.cache_clear()
     assert "neither bwrap nor unshare is installed" in caught.value.problems[0]
     assert "install bubblewrap" in (caught.value.hint or "")
+
+
+def test_volumes_in_any_order_beside_and_below_copied_files(image: BuiltImage, tmp_path: Path) -> None:
+    volume, source = tmp_path / "volume", tmp_path / "app.py"
+    volume.mkdir()
+    source.write_text("code\n")
+    paths = ("/usr/local/share/x", "/usr/x", "/opt/a/b", "/opt/a", "/app/models", "/var/run/v", "/bin/v")
+    for order in (paths, paths[::-1]):
+        code, out, err = run(
+            image,
+            f"""
+            import os
+            for path in {paths!r}: open(path + "/written", "w").write("kept")
+            open("/app/cache", "w").write("a copy of the container's own")
+            print(open("/app/main.py").read(), os.path.isdir("/usr/local/bin"), os.path.exists("/usr/bin/env"))
+            """,
+            tmp_path,
+            files=(FileBind(source, "/app/main.py"),),
+            volumes=tuple(VolumeBind(volume, path, False) for path in order),
+        )
+        assert (code, err, out) == (0, "", "code\n True True\n")
+    assert "written" in [p.name for p in volume.iterdir()]
+    assert source.read_text() == "code\n"
+    assert not os.path.lexists("/run/v"), (
+        "a link of the host leads out of the container while its mounts are made"
+    )
+
+
+def test_what_is_hidden_stays_so_beside_a_volume_and_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real" / "state").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    beside = Path("/opt") / f"gpuctl-test-{os.getpid()}"
+    filesystem = sandbox.Filesystem(hide=(tmp_path / "link" / "state", beside, Path("/")))
+    assert str((tmp_path / "real" / "state").resolve()) in map(str, filesystem.hide)
+    try:
+        beside.mkdir()
+    except PermissionError:
+        pytest.skip("needs a folder of its own in /opt")
+    try:
+        filesystem.bind(tmp_path, "/opt/a/b", read_only=False)
+        kinds = [(mount.kind, mount.target) for mount in filesystem.mounts]
+    finally:
+        beside.rmdir()
+    assert kinds.index(("tmpfs", "/opt")) < kinds.index(("ro_bind", str(beside)))
+    assert kinds[::-1].index(("tmpfs", str(beside))) < kinds[::-1].index(("ro_bind", str(beside)))
+
+
+def test_add_python_needs_no_link_and_a_read_only_place_is_explained(
+    store: ImageStore, base: BuiltImage, tmp_path: Path
+) -> None:
+    link = "RUN ln -s /usr/local/bin/python3 /usr/local/bin/python"
+    image = api_pb2.Image(dockerfile_commands=["FROM nvidia/cuda:12.4.0", link])
+    built = asyncio.run(
+        store.build(
+            store.image_id(image, "2025.06"),
+            image,
+            context_files={},
+            secret_env={},
+            log=lambda _: None,
+            python_hint=PYTHON,
+        )
+    )
+    assert built.warnings == (
+        "the base image nvidia/cuda:12.4.0 is not applied here: containers see this machine's own system",
+    )
+    with pytest.raises(ImageBuildError, match="here a build can write to /root, /tmp"):
+        build(store, ["FROM base", "RUN mkdir /opt/mine"], base.id)
+
+
+def test_the_socket_folder_is_remembered_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = sockets.make(tmp_path)
+    assert first.stat().st_mode & 0o777 == 0o700
+    second = sockets.make(tmp_path)
+    assert second.exists()
+    assert not first.exists()
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sockets.make(tmp_path)
+    assert not second.exists()
+    remembered = (tmp_path / "sockets").readlink()
+    remembered.mkdir()
+    sockets.remove(tmp_path)
+    assert not remembered.exists()
+    # A link that leads elsewhere removes nothing.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "sockets").symlink_to(tmp_path / "mine")
+    sockets.remove(tmp_path)
+    assert (tmp_path / "mine").exists()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 30)))
+    third = sockets.make(tmp_path)
+    assert len(str(third)) < 30
+    sockets.remove(tmp_path)

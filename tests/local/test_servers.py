@@ -349,3 +349,14 @@ def test_info_says_where_it_is(plane: TestPlane) -> None:
     assert wrong.returncode == 1
     assert "shown/Server" in wrong.stderr + wrong.stdout  # what is near
     plane.modal("app", "stop", "shown", "--yes")
+
+
+def test_a_server_s_own_code_may_use_volumes_and_is_refused_the_rest_by_name(plane: TestPlane) -> None:
+    answer = plane.ready(plane.deploy("sdk", app="sdk.py")).json
+    assert answer == {
+        "commit": None,
+        "reload": None,
+        "upload": True,
+        "dict": "UnimplementedError: DictGetOrCreate is not implemented by the local control plane",
+    }
+    plane.modal("app", "stop", "sdk", "--yes")
