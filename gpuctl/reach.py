@@ -98,7 +98,11 @@ def modal_command(target: Target) -> str:
 def own(program: str) -> str:
     """How the user's shell, where it stands, runs a program that is installed beside gpuctl."""
     folder = Path(sys.executable).parent
-    return found_as(folder / program, folder=Path.cwd(), path=os.environ.get("PATH", os.defpath))
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # deleted under the shell that stands in it
+        here = Path("/")
+    return found_as(folder / program, folder=here, path=os.environ.get("PATH", os.defpath))
 
 
 def check_credentials(environ: Mapping[str, str] | None = None) -> None:

@@ -133,7 +133,13 @@ class Console:
             raise usage_error(refused)
         self._err.write(f"{question} [y/N] ")
         self._err.flush()
-        return self._stdin.readline().strip().lower() in ("y", "yes")
+        answer = ""
+        try:
+            answer = self._stdin.readline()
+        finally:
+            if not answer.endswith("\n"):  # Ctrl-C or Ctrl-D: what is said next gets a line of its own
+                self._err.write("\n")
+        return answer.strip().lower() in ("y", "yes")
 
     def _paint(self, style: str, text: str) -> str:
         return f"{style}{text}{_OFF}" if self._color else text

@@ -15,6 +15,8 @@ from gpuctl.errors import usage_error
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gpuctl.modal_cli import Runner
 
 Local = Annotated[
@@ -29,9 +31,15 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show the co
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
-def text(metavar: str, help_: str) -> Any:
-    """An option that takes one text."""
-    return typer.Option(metavar=metavar, help=help_, show_default=False)
+def text(metavar: str, help_: str, values: Sequence[str] = ()) -> Any:
+    """An option that takes one text; `values` are what the shell completes, where there are few."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return typer.Option(
+        metavar=metavar, help=help_, show_default=False, autocompletion=complete if values else None
+    )
 
 
 def number(help_: str) -> Any:

@@ -96,9 +96,15 @@ def serve(
     ] = None,
     routing_region: Annotated[
         str | None,
-        text("REGION", "Where requests come in: us-east, us-west, eu-west or ap-south. [default: us-east]"),
+        text(
+            "REGION",
+            "Where requests come in: us-east, us-west, eu-west or ap-south. [default: us-east]",
+            ("us-east", "us-west", "eu-west", "ap-south"),
+        ),
     ] = None,
-    cloud: Annotated[str | None, text("CLOUD", "Whose machines: aws, gcp, oci or auto.")] = None,
+    cloud: Annotated[
+        str | None, text("CLOUD", "Whose machines: aws, gcp, oci or auto.", ("aws", "gcp", "oci", "auto"))
+    ] = None,
     startup_timeout: Annotated[
         str | None,
         number(
@@ -130,7 +136,11 @@ def serve(
     deploy_tag: Annotated[str | None, text("TAG", "A tag of this deployment, such as a version.")] = None,
     strategy: Annotated[
         str | None,
-        text("STRATEGY", "How a redeploy replaces containers: rolling or recreate. [default: rolling]"),
+        text(
+            "STRATEGY",
+            "How a redeploy replaces containers: rolling or recreate. [default: rolling]",
+            ("rolling", "recreate"),
+        ),
     ] = None,
     auth: Annotated[
         bool, typer.Option("--auth/--no-auth", help="Whether requests need a token (gpuctl token).")
@@ -240,10 +250,10 @@ def _write(path: Path, source: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")
-        path = path.resolve()  # a link goes on pointing to where it points
         if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to replace
             path.write_text(source, encoding="utf-8")
             return
+        path = path.resolve()  # a link goes on pointing to where it points
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False

@@ -86,6 +86,12 @@ def test_render_through_a_link_and_to_what_is_no_file(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
+def test_render_to_stdout() -> None:
+    command = [sys.executable, "-m", "gpuctl", "serve", "tiny", "--local", "--render", "/dev/stdout"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "gpuctl serve tiny --local\n" in done.stdout
+
+
 def test_render_to_a_full_device(capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("/dev/full").stat().st_mode
     assert main(["serve", "tiny", "--local", "--render", "/dev/full"]) == 2

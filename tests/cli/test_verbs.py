@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,10 +15,12 @@ from fakes import FakeRunner
 from gpuctl import __version__
 from gpuctl.__main__ import main
 from gpuctl.cli import VERBS, command
+from gpuctl.cli.console import Console
 from gpuctl.errors import GpuctlError
 from gpuctl.modal_cli import Completed, ModalEnv
 from gpuctl.paths import state_dir
 from gpuctl.records import DeploymentRecord, Records
+from gpuctl.specs import serve as limits
 from gpuctl.target import Target
 
 ENV = ModalEnv.local({"MODAL_TOKEN_ID": "ak-plane"}, {})
@@ -176,6 +179,15 @@ def test_a_full_disk_is_told_in_a_line(words: str) -> None:
     assert "No space left on device" in line
 
 
+def test_in_a_folder_that_was_deleted() -> None:
+    deleted = "cd $(mktemp -d) && rmdir $PWD &&"
+    done = shell(f"{deleted} gpuctl serve tiny --local --dry-run -q && gpuctl ps --local")
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    code = "from gpuctl.reach import own; own(str())"  # the words after a deploy
+    assert shell(f"{deleted} '{sys.executable}' -c '{code}'").returncode == 0
+
+
 def test_no_place_for_state(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = shell("gpuctl ps --local", XDG_STATE_HOME=str(tmp_path / "file"))
@@ -296,6 +308,22 @@ def test_ps_starts_no_plane(capsys: pytest.CaptureFixture[str], record: Deployme
     assert "gpuctl local up" in err
 
 
+# -- questions
+
+
+@pytest.mark.parametrize(("typed", "agreed"), [("y\n", True), ("YES\n", True), ("\n", False), ("", False)])
+def test_a_question_leaves_the_cursor_on_a_new_line(typed: str, agreed: bool) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stderr = Terminal()
+    assert Console(stdin=Terminal(typed), stderr=stderr).confirm("Deploy?", refused="--yes") == agreed
+    assert stderr.getvalue() == "Deploy? [y/N] " + "\n" * (
+        not typed
+    )  # what was typed, the terminal echoed itself
+
+
 # -- logs, stop, token
 
 
@@ -394,3 +422,6 @@ def test_names_complete_from_the_records() -> None:
     assert complete("gpuctl logs --local t") == ["tiny"]
     assert complete("gpuctl stop t") == []  # on Modal there is none
     assert complete("gpuctl l") == ["logs", "local"]
+    assert complete("gpuctl serve tiny --strategy r") == list(limits.STRATEGIES)
+    assert set(complete("gpuctl serve tiny --cloud ")) == set(limits.CLOUDS)
+    assert set(complete("gpuctl serve tiny --routing-region ")) == set(limits.ROUTING_REGIONS)
