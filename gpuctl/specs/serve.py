@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from gpuctl import catalog
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.specs import names
-from gpuctl.specs.engine_args import check_engine_args
+from gpuctl.specs.engine_args import RESERVED, check_engine_args
 from gpuctl.specs.gpu import GpuRequest
 from gpuctl.specs.model import ModelRef
 from gpuctl.target import Target
@@ -366,6 +366,8 @@ class _Reader:
             self.rule("--env-var", key, names.variable)
             if not names.encodable(value):
                 self.problem(f"--env-var: the value of {key} is not text that a variable can hold")
+            if key == "VLLM_API_KEY":
+                self.problem(f"--env-var: {key}: {RESERVED['--api-key']}")
             if key in set_by_file:
                 self.problem(f"--env-var: {key} is set by gpuctl itself, to {set_by_file[key]!r}")
             if key in from_env:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,11 @@ def masked(source: str) -> str:
     return ast.dump(tree)
 
 
+def comments(source: str) -> list[str]:
+    read = io.BytesIO(source.encode()).readline
+    return [token.string for token in tokenize.tokenize(read) if token.type == tokenize.COMMENT]
+
+
 def everything(text: str, target: Target) -> ServeSpec:
     """A spec with `text` in every place for a text, past all validation: rendering must stand on its own."""
     spec = ServeSpec.from_options(model="acme/model", gpu="H100,L4:2", cpu="1,2", memory="1", target=target)
@@ -108,7 +115,8 @@ def everything(text: str, target: Target) -> ServeSpec:
 HOSTILE = [
     '"""', "'''", '"\nimport os\n"', "'\nimport os\n'", "\\", '\\"', "{{ 7 * 7 }}", "{% raw %}", "#}", "coding: utf-7",
     "\n# coding: utf-7\n", "\u2028import os", "\x0cimport os", "\r\nimport os\r\n", "f'{1}'", "$(id)", "${IFS}", "\0",
-    "\ud800",
+    "\ud800", "\udc80", "\x0bimport os", "\x1cimport os", "\x85import os", "\u2029import os", "\u202eimport os\u2066",
+    "\ufeff", "{#", "{%", "x" * 100_000, "# type: ignore", "# fmt: off", "# noqa", "é\u0301ǅ",
 ]  # fmt: skip
 
 
@@ -128,7 +136,11 @@ def unchanged(text: str, target: Target) -> None:
     benign, hostile = everything("benign", target), everything(text, target)
     command = ["serve", "acme/model", "--gpu", "H100", "--", text]
     source = render_serve(hostile, argv=command)
-    assert masked(source) == masked(render_serve(benign, argv=command[:-1]))
+    plain = render_serve(benign, argv=command[:-1])
+    assert masked(source) == masked(plain)
+    # Nor is a comment anybody's but ours, and nothing hides: no control, no bidirectional override, no strange line.
+    assert comments(source)[3:] == comments(plain)[3:]
+    assert all(line.isprintable() for line in source.split("\n"))
     constants = {
         node.value for node in ast.walk(ast.parse(source.encode())) if isinstance(node, ast.Constant)
     }
@@ -144,7 +156,7 @@ def unchanged(text: str, target: Target) -> None:
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_formatted_whatever_the_values(text: str, model: str) -> None:
     spec = ServeSpec.from_options(
-        model=model, gpu="H100", env_var=[f"X={text}"], engine_args=["--chat-template", text], name="n" * 64
+        model=model, gpu="H100", env_var=[f"X={text}"], engine_args=[f"--chat-template={text}"], name="n" * 64
     )
     source = render_serve(spec, argv=["serve", model])
     ruff = [sys.executable, "-m", "ruff", "format", "--isolated", "-"]

@@ -116,6 +116,7 @@ def test_every_option_arrives() -> None:
         ({"secret": ["a/b"]}, "--secret: "),
         ({"secret_from_env": ["1X"]}, "--secret-from-env: "),
         ({"env_var": ["1X=2"]}, "no name of a variable"),
+        ({"env_var": ["VLLM_API_KEY=x"]}, "authenticated by Modal"),
         ({"env_var": ["VLLM_NO_USAGE_STATS=0"]}, "set by gpuctl itself"),
         ({"env_var": ["X=1"], "secret_from_env": ["X"]}, "too"),
         ({"env_var": ["X=\ud800"]}, "--env-var"),
