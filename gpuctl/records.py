@@ -122,7 +122,7 @@ class Records:
 
     def get(self, target: Target, environment: str, name: str) -> DeploymentRecord | None:
         path = self.path(target, environment, name)
-        return self._read(path) if path.is_file() else None
+        return self._read(path) if "/" not in name and path.is_file() else None
 
     def all(self, target: Target | None = None, environment: str | None = None) -> list[DeploymentRecord]:
         """Newest first."""

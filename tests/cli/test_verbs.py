@@ -19,6 +19,7 @@ from gpuctl.cli.console import Console
 from gpuctl.errors import GpuctlError
 from gpuctl.modal_cli import Completed, ModalEnv
 from gpuctl.paths import state_dir
+from gpuctl.reach import modal_command
 from gpuctl.records import DeploymentRecord, Records
 from gpuctl.specs import serve as limits
 from gpuctl.target import Target
@@ -92,6 +93,7 @@ def test_no_arguments_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[
         (["logs", "x", "--json"], "gpuctl logs: no such option: --json"),
         (["logs", "x", "-f", "--tail", "3"], "--follow: "),
         (["logs", "x", "--source", "stdin"], "--source: unknown source 'stdin'"),
+        (["stop", "../main/x", "--local"], "no deployment named '../main/x' on this machine"),
         (["stop", "x", "--local"], "no deployment named 'x' on this machine"),
         (["ps"], "modal setup"),
         (["serve", "qwen3", "--gpu", "T4", "--yes"], "modal setup"),  # before the hub is asked
@@ -180,12 +182,21 @@ def test_a_full_disk_is_told_in_a_line(words: str) -> None:
 
 
 def test_in_a_folder_that_was_deleted() -> None:
-    deleted = "cd $(mktemp -d) && rmdir $PWD &&"
-    done = shell(f"{deleted} gpuctl serve tiny --local --dry-run -q && gpuctl ps --local")
+    done = shell(
+        "cd $(mktemp -d) && rmdir $PWD && gpuctl serve tiny --local --dry-run -q && gpuctl ps --local"
+    )
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
-    code = "from gpuctl.reach import own; own(str())"  # the words after a deploy
-    assert shell(f"{deleted} '{sys.executable}' -c '{code}'").returncode == 0
+
+
+def test_programs_are_named_in_a_folder_that_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert modal_command(Target.LOCAL).endswith("gpuctl local exec -- modal")
 
 
 def test_no_place_for_state(tmp_path: Path) -> None:
