@@ -43,6 +43,10 @@ _REGION = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}(?:rc[0-9]{1,4}|\.post[0-9]{1,4})?", re.ASCII)
 _DEBIAN = re.compile(r"[a-z0-9][a-z0-9.+-]*(?:=[A-Za-z0-9.+:~-]+)?")  # Debian policy 5.6.1, 5.6.12
 
+# A Volume here would hide what starts the engine.
+_SYSTEM = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt", "/proc", "/run", "/sbin", "/sys", "/usr", "/var")
+_KERNEL = ("/dev/", "/proc/", "/sys/")
+
 T = TypeVar("T")
 
 # The default of --startup-timeout: what a container may take from its start until it answers.
@@ -390,6 +394,10 @@ class _Reader:
                 continue
             self.rule("--volume", name, names.object_name)
             self.rule("--volume", path, names.mount_path)
+            if path in _SYSTEM or path.startswith(_KERNEL):
+                self.problem(
+                    f"--volume: {path} holds what the container itself needs; take another, such as /data"
+                )
             for cache, at in CACHES:
                 if name == cache or _overlap(path, at):
                     self.problem(

@@ -135,6 +135,8 @@ def test_an_unwritable_file_is_refused_and_nothing_is_left(
         (["qwen3", "--gpu", "H100", "--name", "a b"], "1 to 64 letters"),
         (["qwen3", "--gpu", "H100", "--tag", "a=b c"], "1 to 63 letters"),
         (["qwen3", "--gpu", "H100", "--volume", "data"], "has no path"),
+        (["qwen3", "--gpu", "H100", "--volume", "data:/usr"], "--volume: /usr holds what"),
+        (["qwen3", "--gpu", "H100", "--volume", "data:/proc/x"], "--volume: /proc/x holds what"),
         (["qwen3", "--gpu", "H100", "--", "--max-num-seqs", "4"], "use --concurrency"),
         (["qwen3", "--gpu", "H100", "--", "-tp=2"], "use the count of --gpu"),
         (["qwen3", "--gpu", "H100", "stray"], "'stray': unexpected"),
