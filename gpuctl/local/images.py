@@ -415,8 +415,6 @@ class _LayerBuild:
             await self._new_environment(self._python_hint)
         if self._official_python and "debconf-set-selections" in command:
             return
-        if self._python_hint and command == "ln -s /usr/local/bin/python3 /usr/local/bin/python":
-            return  # add_python: the environment has both names
         words = dockerfile.words(command)
         if words is None:
             await self._shell(command)

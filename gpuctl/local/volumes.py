@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gpuctl.local.blobs import Blobs
 
 BLOCK = 8 << 20  # the client's block size of version 2 Volumes
+_SPARE = 1 << 20  # what an upload leaves of the disk
 _ENTRIES = 1000  # per message of a listing
 _SHARED = "changes are visible to other containers at once, committed or not"
 
@@ -164,6 +165,12 @@ class Volumes:
                         )
                     )
         if missing:
+            # Said now, because the client tries a block that finds no room again for minutes.
+            size, free = sum(file.size for file in request.files), shutil.disk_usage(self._folder).free
+            if 2 * size + _SPARE > free:  # the blocks, and the files that are made of them
+                raise conflict(
+                    f"No room for {size:,} bytes on this machine's disk: {self._folder} has {free:,} left."
+                )
             return api_pb2.VolumePutFiles2Response(missing_blocks=missing)
         for file, target in zip(request.files, targets, strict=True):
             await asyncio.to_thread(self._assemble, file, target)

@@ -246,3 +246,17 @@ def test_what_differs_is_said_when_deploying(plane: TestPlane) -> None:
     assert "nightly: deployed, but the local control plane cannot run calls" in said
     assert "Served: GPU H100:2 or A100-80GB:1 asked for" in said
     plane.modal("app", "stop", "t-differs", "--yes")
+
+
+def test_an_upload_that_finds_no_room_is_refused_before_it_begins(plane: TestPlane) -> None:
+    request = api_pb2.VolumeGetOrCreateRequest(
+        deployment_name="no-room", object_creation_type=api_pb2.OBJECT_CREATION_TYPE_CREATE_IF_MISSING
+    )
+    volume_id = call(plane.now, "VolumeGetOrCreate", request).volume_id
+    block = api_pb2.VolumePutFiles2Request.Block(contents_sha256=b"0" * 32)
+    file = api_pb2.VolumePutFiles2Request.File(path="huge", size=1 << 60, blocks=[block])
+    answer = call(
+        plane.now, "VolumePutFiles2", api_pb2.VolumePutFiles2Request(volume_id=volume_id, files=[file])
+    )
+    assert answer.status is grpclib.Status.FAILED_PRECONDITION
+    assert "No room for 1,152,921,504,606,846,976 bytes" in answer.message
