@@ -459,4 +459,4 @@ def _tags(tags: Mapping[str, str]) -> str:
 
 def _page(app_id: str) -> str:
     """What stands where the cloud prints the address of a dashboard: how to see the same here."""
-    return f"modal app info {app_id}"
+    return f"gpuctl local exec -- modal app info {app_id}"
