@@ -8,6 +8,7 @@ what `modal deploy` deploys. This is the only module that starts processes. May 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shlex
 import signal
@@ -296,13 +297,12 @@ def _end(child: subprocess.Popen[Any]) -> None:
 
 def check_version(environ: Mapping[str, str] | None = None) -> str:
     """The installed client's version. One that was not tested is refused: its output is what gpuctl reads."""
-    from importlib.metadata import PackageNotFoundError, version
-
     environ = os.environ if environ is None else environ
     install = f"'{sys.executable}' -m pip install 'modal=={TESTED_VERSION}'"
     try:
-        installed = version("modal")
-    except PackageNotFoundError:
+        # The client's own module for this, which imports nothing; importlib.metadata takes 13 ms to tell the same.
+        installed: str = importlib.import_module("modal_version").__version__
+    except ImportError:
         raise usage_error("the Modal client is not installed beside gpuctl", hint=install) from None
     if installed != TESTED_VERSION and environ.get(ANY_VERSION, "0") in ("", "0"):
         raise usage_error(

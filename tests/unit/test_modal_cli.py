@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import modal_version
 import pytest
 
 from gpuctl import modal_cli
@@ -62,7 +62,7 @@ def test_the_local_environment_keeps_the_users_account_out() -> None:
 
 
 def test_an_untested_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.7.0")
+    monkeypatch.setattr(modal_version, "__version__", "1.7.0")
     with pytest.raises(GpuctlError, match=r"modal 1\.7\.0 was not tested") as refused:
         modal_cli.check_version({})
     assert refused.value.exit_code == 2
