@@ -103,7 +103,7 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
     environment = environment_name(spec.target, spec.environment)
     for note in plan.notes:
         console.note(note)
-    env = reach(spec.target, start=True)
+    env = reach(spec.target)
     if spec.target is Target.MODAL and not yes:
         question = f"Deploy '{spec.name}' to Modal (environment '{environment}')?"
         if not console.confirm(

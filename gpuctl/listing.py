@@ -15,7 +15,7 @@ from gpuctl.errors import GpuctlError
 from gpuctl.modal_cli import app_list_argv
 from gpuctl.modal_cli import shown as as_typed
 from gpuctl.paths import state_dir
-from gpuctl.reach import environment_name, no_environment, reach, running_plane
+from gpuctl.reach import environment_name, no_environment, plane_is_down, reach
 from gpuctl.records import DeploymentRecord, Records, place
 from gpuctl.target import Target
 
@@ -77,10 +77,10 @@ def age(since: str, *, at: datetime | None = None) -> str:
 def deployments(
     target: Target, environment: str | None, *, every: bool, runner: Runner, console: Console
 ) -> list[Row]:
-    """Newest first; stopped ones only where `every`. Costs one `modal` process, and starts nothing else."""
+    """Newest first; stopped ones only where `every`. Costs one `modal` process; a plane that is down stays so."""
     wanted = environment_name(target, environment)
     records = Records(state_dir()).all(target, wanted)
-    if target is Target.LOCAL and running_plane() is None:
+    if target is Target.LOCAL and plane_is_down():
         console.say(
             "the local control plane is not running, so nothing runs here (start it: gpuctl local up)"
         )

@@ -24,38 +24,31 @@ from gpuctl.target import Target
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gpuctl.local.client import Plane
-
 DEFAULT_ENVIRONMENT = "main"
 
 NO_CREDENTIALS = "no credentials for Modal: run `modal setup`, or use --local (this machine, no account)"
 
 
-def reach(target: Target, *, start: bool = False) -> ModalEnv:
-    """The child's environment. For the local target: of the plane that runs, or (`start`) that is started."""
+def reach(target: Target) -> ModalEnv:
+    """The child's environment. For the local target: of the plane that runs, which is started where none does."""
     if target is Target.MODAL:
         check_credentials()
         return ModalEnv.modal()
-    if start:
-        from gpuctl.local import client
+    from gpuctl.local import client
 
-        plane = client.ensure_up(state_dir() / "local", cache_dir() / "local")
-    else:
-        running = running_plane()
-        if running is None:
-            raise GpuctlError(
-                "the local control plane is not running, so nothing runs on this machine",
-                hint="gpuctl local up  (or: gpuctl serve … --local, which starts it)",
-            )
-        plane = running
+    plane = client.ensure_up(state_dir() / "local", cache_dir() / "local")
     return ModalEnv.local(plane.client_env())
 
 
-def running_plane() -> Plane | None:
-    """The local control plane, where it runs; nothing is started."""
+def plane_is_down() -> bool:
+    """Whether there is no local control plane and none is missed: never started, or stopped by the user.
+
+    One that was killed, as by a crash of the machine, is missed: what was deployed comes back with it.
+    """
     from gpuctl.local import client
 
-    return client.running(state_dir() / "local")
+    folder = state_dir() / "local"
+    return client.running(folder) is None and not client.was_killed(folder)
 
 
 def environment_name(target: Target, wanted: str | None) -> str:

@@ -66,6 +66,11 @@ def running(state_dir: Path) -> Plane | None:
     return plane if started == process_start(pid) else None
 
 
+def was_killed(state_dir: Path) -> bool:
+    """Whether the last plane of this state directory ended without being stopped: it left its description."""
+    return (state_dir / STATE_FILE).exists() and running(state_dir) is None
+
+
 def process_start(pid: int) -> str | None:
     """When a process started, which tells one user of a pid from the next; None when it is gone."""
     try:
@@ -141,8 +146,9 @@ def down(state_dir: Path) -> None:
     deadline = time.monotonic() + _STOP_SECONDS
     while (plane := running(state_dir)) is None:
         with _held(state_dir) as ours:
-            if ours:
-                sockets.remove(state_dir)  # what a plane that was killed left outside of its state
+            if ours:  # what a plane that was killed left
+                sockets.remove(state_dir)
+                (state_dir / STATE_FILE).unlink(missing_ok=True)
                 return
         if time.monotonic() > deadline:
             raise GpuctlError(

@@ -40,7 +40,7 @@ def plane(monkeypatch: pytest.MonkeyPatch) -> None:
     """A local control plane that runs."""
     for room in ("listing", "stop", "tokens", "reach"):
         monkeypatch.setattr(f"gpuctl.{room}.reach", lambda *_, **__: ENV)
-    monkeypatch.setattr("gpuctl.listing.running_plane", lambda: object())
+    monkeypatch.setattr("gpuctl.listing.plane_is_down", lambda: False)
 
 
 @pytest.fixture
