@@ -32,7 +32,7 @@ def resolve_revision(repo: str, revision: str | None) -> str:
     if COMMIT.fullmatch(wanted):
         return wanted
     pin = f"or give the exact commit, {repo}@<40 hexadecimal digits>, which needs no look-up"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+    if offline():
         raise GpuctlError(
             f"MODEL: {repo}@{wanted} cannot be resolved to a commit: HF_HUB_OFFLINE is set",
             hint=f"unset it, {pin}",
@@ -42,10 +42,8 @@ def resolve_revision(repo: str, revision: str | None) -> str:
     import urllib.parse
     import urllib.request
 
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or _DEFAULT_ENDPOINT
-    url = f"{endpoint}/api/models/{repo}/revision/{urllib.parse.quote(wanted, safe='')}"
-    if not url.startswith(("https://", "http://")):
-        raise GpuctlError(f"HF_ENDPOINT: {endpoint!r} is no http address")
+    address = endpoint()
+    url = f"{address}/api/models/{repo}/revision/{urllib.parse.quote(wanted, safe='')}"
     request = urllib.request.Request(  # noqa: S310 - the scheme is checked above
         url, headers={"Accept": "application/json", "User-Agent": "gpuctl"}
     )
@@ -60,11 +58,24 @@ def resolve_revision(repo: str, revision: str | None) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "reason", None) or error
         raise GpuctlError(
-            f"MODEL: {repo}@{wanted}: no commit from {endpoint} ({reason})", hint=f"try again, {pin}"
+            f"MODEL: {repo}@{wanted}: no commit from {address} ({reason})", hint=f"try again, {pin}"
         ) from error
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
-        raise GpuctlError(f"MODEL: {repo}@{wanted}: {endpoint} answered {commit!r}, which is no commit")
+        raise GpuctlError(f"MODEL: {repo}@{wanted}: {address} answered {commit!r}, which is no commit")
     return commit
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids asking, as huggingface_hub reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def endpoint() -> str:
+    """The hub's address, without a slash at its end: HF_ENDPOINT, else the public one."""
+    address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or _DEFAULT_ENDPOINT
+    if not address.startswith(("https://", "http://")):
+        raise GpuctlError(f"HF_ENDPOINT: {address!r} is no http address")
+    return address
 
 
 def _token() -> str:

@@ -1,0 +1,357 @@
+"""MODEL becomes facts: an alias, a repository of the hub, a folder, a config.json. May import: catalog, errors, files,
+hub, paths, repos, safetensors, specs.
+
+An alias is read from the catalogue and asks nobody. `org/name` asks the hub, a few kB, and what it said is kept by
+commit in the cache; where the hub does not answer, the cache and then the catalogue stand in, and a note says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpuctl import catalog, safetensors
+from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.specs.model import ModelRef
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gpuctl.repos import Described
+
+_LONGEST_CONFIG = 4 * 2**20  # bytes; the longest one seen has 60 kB
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a model, from where, and what to say about that.
+
+    `config`: its config.json; empty where only the size of its weights is known. `parameters`: elements by
+    safetensors dtype; `weight_bytes`: of all that an engine loads. None: not known.
+    """
+
+    name: str
+    repo: str | None
+    revision: str | None
+    config: Mapping[str, Any]
+    parameters: Mapping[str, int] | None
+    weight_bytes: int | None
+    pipeline: str | None
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+def find(text: str, *, online: bool = True) -> Found:
+    """What MODEL is. `online`: whether the hub may be asked.
+
+    Raises a usage error for what is no model, naming the nearest aliases; a GpuctlError where the hub was needed and
+    did not answer.
+    """
+    path = _path(text)
+    if path is not None:
+        return _of_path(path)
+    return of_ref(_reference(text), online=online)
+
+
+def of_ref(ref: ModelRef, *, online: bool = True) -> Found:
+    """What an alias or a repository is."""
+    if ref.repo is None:
+        return _tiny(ref)
+    known = _of_catalogue(ref)
+    if ref.alias is not None and ref.revision is None and known is not None:
+        return known
+    if not online:
+        return _of_cache(ref) or known or _nothing(ref)
+    return _of_hub(ref, ref.repo, known)
+
+
+# -- a folder, or a config.json
+
+
+def _path(text: str) -> Path | None:
+    """Where MODEL is a path: it looks like one, or is a folder with a config.json and no alias."""
+    if re.match(r"(?:\.{0,2}|~)/", text) or text in (".", "..") or text.endswith((".json", "/")):
+        return Path(text).expanduser()
+    with contextlib.suppress(OSError, ValueError):
+        if "/" in text and (Path(text) / "config.json").is_file():
+            return Path(text)
+    return None
+
+
+def _of_path(path: Path) -> Found:
+    try:
+        if not path.exists():
+            raise usage_error(f"MODEL: there is no {str(path)!r}")
+        if path.is_file():
+            return _found_at(path, path, None, None)
+    except (OSError, ValueError) as error:
+        raise usage_error(f"MODEL: {str(path)!r} cannot be read: {_reason(error)}") from error
+    config = path / "config.json"
+    if not config.is_file():
+        what = _without_config([one.name for one in _listed(path)])
+        raise usage_error(
+            f"MODEL: {str(path)!r} has no config.json, so it is no model to serve: it holds {what}"
+        )
+    return _found_at(path, config, *_weights_in(path))
+
+
+def _found_at(
+    path: Path, config: Path, parameters: Mapping[str, int] | None, weight_bytes: int | None
+) -> Found:
+    return Found(
+        name=str(path),
+        repo=None,
+        revision=None,
+        config=_read_config(config),
+        parameters=parameters,
+        weight_bytes=weight_bytes,
+        pipeline=None,
+        source=str(config) if weight_bytes is None else f"{config} and the headers of the weights beside it",
+    )
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > _LONGEST_CONFIG:
+            raise usage_error(f"MODEL: {str(path)!r} is {path.stat().st_size:,} bytes long: no config.json")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise usage_error(f"MODEL: {str(path)!r} is no JSON: {_reason(error)}") from error
+    if not isinstance(config, dict):
+        raise usage_error(f"MODEL: {str(path)!r} is no JSON object, so it is no config.json")
+    return config
+
+
+def _weights_in(folder: Path) -> tuple[dict[str, int] | None, int | None]:
+    """Elements by dtype and bytes of the weights in a folder; None: there are none, or not all of them."""
+    index: Mapping[str, Any] | None = None
+    stated = None
+    with contextlib.suppress(OSError, ValueError):
+        content = (folder / "model.safetensors.index.json").read_bytes()
+        index, stated = json.loads(content), safetensors.total_size(content)
+    try:
+        names = safetensors.files_of([one.name for one in _listed(folder)], index)
+    except (AttributeError, TypeError) as error:
+        raise usage_error(f"MODEL: {str(folder)!r}: model.safetensors.index.json is no index") from error
+    counted = []
+    for name in names:
+        try:
+            with (folder / name).open("rb") as file:
+                header = file.read(safetensors.header_length(file.read(safetensors.LENGTH)))
+            counted.append(safetensors.elements(header))
+        except OSError:
+            return None, stated
+        except safetensors.HeaderError as error:
+            raise usage_error(f"MODEL: {str(folder / name)!r} is no safetensors file: {error}") from error
+    if counted:
+        parameters = safetensors.total(counted)
+        return parameters, safetensors.size(parameters)
+    sizes = [one.stat().st_size for one in _listed(folder) if re.fullmatch(r"pytorch_model.*\.bin", one.name)]
+    return None, stated or sum(sizes) or None
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise usage_error(f"MODEL: {str(folder)!r} cannot be read: {_reason(error)}") from error
+
+
+def _without_config(names: list[str]) -> str:
+    from gpuctl.repos import what_it_holds
+
+    return what_it_holds(names)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# -- an alias, or a repository
+
+
+def _reference(text: str) -> ModelRef:
+    """Read MODEL as an alias or a repository, naming what is near where it is neither."""
+    return ModelRef.parse(text)
+
+
+def _tiny(ref: ModelRef) -> Found:
+    config = _catalogue_config("gpuctl/tiny")
+    return Found(ref.title, None, None, config or {}, None, None, None, "the catalogue")
+
+
+def _of_catalogue(ref: ModelRef) -> Found | None:
+    """What the catalogue knows; None where it has no config.json of this repository."""
+    config = None if ref.repo is None else _catalogue_config(ref.repo)
+    if config is None:
+        return None
+    return Found(
+        name=ref.alias or ref.title,
+        repo=ref.repo,
+        revision=None,
+        config=config,
+        parameters=None,
+        weight_bytes=None,
+        pipeline=None,
+        source="the catalogue",
+    )
+
+
+def _catalogue_config(repo: str) -> Mapping[str, Any] | None:
+    path = Path(catalog.__file__).parent / "configs" / f"{repo.replace('/', '--')}.json"
+    try:
+        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return config
+
+
+def _nothing(ref: ModelRef) -> Found:
+    """A repository of which nothing is known here, and nobody may be asked."""
+    return Found(
+        name=ref.alias or ref.title,
+        repo=ref.repo,
+        revision=ref.revision,
+        config={},
+        parameters=None,
+        weight_bytes=None,
+        pipeline=None,
+        source="nothing",
+    )
+
+
+# -- the hub, and what is kept of it
+
+
+def _of_hub(ref: ModelRef, repo: str, known: Found | None) -> Found:
+    from gpuctl.hub import COMMIT
+    from gpuctl.repos import GatedError, UnreachableError, resolve
+
+    cache = _Cache(repo)
+    revision = ref.revision or "main"
+    if COMMIT.fullmatch(revision):
+        kept = cache.read(revision)
+        if kept is not None:
+            return _described(ref, kept, "the hub, as kept in the cache")
+    try:
+        record = resolve(repo, ref.revision)
+        described = (record.commit and cache.read(record.commit)) or record.describe()
+    except UnreachableError as error:
+        instead = _of_cache(ref) or known
+        if instead is None:
+            raise _nothing_instead(error, repo) from error
+        return _noted(instead, f"{_said(error)}; going on from {instead.source}")
+    except GatedError as error:
+        if known is None:
+            raise
+        return _noted(known, f"{_said(error)}; going on from {known.source}. To serve it: {error.hint}")
+    if described.commit is not None:
+        cache.write(revision, described)
+    return _described(ref, described, "the hub")
+
+
+def _said(error: GpuctlError) -> str:
+    return error.problems[0].removeprefix("MODEL: ")
+
+
+def _noted(found: Found, note: str) -> Found:
+    import dataclasses
+
+    return dataclasses.replace(found, notes=(*found.notes, note))
+
+
+def _nothing_instead(error: GpuctlError, repo: str) -> GpuctlError:
+    near = difflib.get_close_matches(
+        repo, [model.repo for model in catalog.models().values() if model.repo], n=3, cutoff=0.6
+    )
+    close = f"; the catalogue has {' and '.join(near)}" if near else ""
+    return GpuctlError(
+        f"{error.problems[0]}, and neither the cache nor the catalogue has it{close}", hint=error.hint
+    )
+
+
+def _of_cache(ref: ModelRef) -> Found | None:
+    """What the hub said the last time."""
+    if ref.repo is None:
+        return None
+    cache = _Cache(ref.repo)
+    kept = cache.latest(ref.revision or "main")
+    return None if kept is None else _described(ref, kept, f"what the hub said {cache.age(kept)} ago")
+
+
+def _described(ref: ModelRef, described: Described, source: str) -> Found:
+    return Found(
+        name=ref.alias or ref.title,
+        repo=ref.repo,
+        revision=described.commit,
+        config=described.config,
+        parameters=described.parameters,
+        weight_bytes=described.weight_bytes,
+        pipeline=described.pipeline,
+        source=source,
+    )
+
+
+class _Cache:
+    """Files of one repository: `COMMIT.json`, what the hub said of it; `refs.json`, the commit of each branch."""
+
+    def __init__(self, repo: str) -> None:
+        from urllib.parse import urlsplit
+
+        from gpuctl.hub import endpoint
+        from gpuctl.paths import cache_dir
+
+        host = re.sub(r"[^A-Za-z0-9.-]", "_", urlsplit(endpoint()).netloc)
+        self.folder = cache_dir() / "hub" / host / repo.replace("/", "--")
+
+    def read(self, commit: str) -> Described | None:
+        from gpuctl.repos import document_of
+
+        with contextlib.suppress(OSError, ValueError):
+            return document_of((self.folder / f"{commit}.json").read_text(encoding="utf-8"))
+        return None
+
+    def latest(self, revision: str) -> Described | None:
+        commit = self._refs().get(revision, revision)
+        return self.read(commit) if re.fullmatch(r"[0-9a-f]{40}", commit) else None
+
+    def write(self, revision: str, described: Described) -> None:
+        """Keep it; a cache that cannot be written is none."""
+        from gpuctl.files import write_private
+
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{described.commit}.json"
+            if path.exists():
+                os.utime(path)
+            else:
+                write_private(path, json.dumps(described.document()))
+            refs = self._refs()
+            if refs.get(revision) != described.commit:
+                write_private(self.folder / "refs.json", json.dumps({**refs, revision: described.commit}))
+
+    def age(self, described: Described) -> str:
+        """How long ago the hub was last heard of it, in words."""
+        try:
+            seconds = time.time() - (self.folder / f"{described.commit}.json").stat().st_mtime
+        except OSError:
+            return "some time"
+        for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+            if seconds >= length:
+                count = int(seconds // length)
+                return f"{count} {unit}{'s' if count > 1 else ''}"
+        return "a moment"
+
+    def _refs(self) -> dict[str, str]:
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((self.folder / "refs.json").read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return {str(name): str(commit) for name, commit in found.items()}
+        return {}

@@ -1,0 +1,291 @@
+"""MODEL becomes facts: from the hub (a stand-in, asked by the real huggingface_hub), a folder, the catalogue."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpuctl import configs
+from gpuctl.configs import find
+from gpuctl.errors import GpuctlError
+from hubs import COMMIT, Hub, Repo, answering, safetensors_of
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
+
+
+@pytest.fixture(autouse=True)
+def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with answering() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        hub.repos["acme/model"] = Repo(
+            files={"config.json": json.dumps(CONFIG).encode(), "model.safetensors": b"x" * 5_000_000},
+            record={"safetensors": {"parameters": {"BF16": 1000, "F32": 10}, "total": 1010}},
+        )
+        yield hub
+
+
+def problem(text: str, **options: bool) -> GpuctlError:
+    with pytest.raises(GpuctlError) as caught:
+        find(text, **options)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("MODEL: ")
+    return caught.value
+
+
+# -- the hub
+
+
+def test_two_small_requests_tell_what_a_repository_holds(hub: Hub) -> None:
+    found = find("acme/model")
+    assert found.config == CONFIG
+    assert (found.parameters, found.weight_bytes) == ({"BF16": 1000, "F32": 10}, 2040)
+    assert (found.repo, found.revision, found.notes) == ("acme/model", COMMIT, ())
+    assert hub.paths == ["/api/models/acme/model", f"/acme/model/resolve/{COMMIT}/config.json"]
+    assert hub.sent < 2000
+
+
+def test_what_was_told_is_kept_by_commit(hub: Hub) -> None:
+    first = find("acme/model")
+    hub.seen.clear()
+    again = find("acme/model")
+    assert hub.paths == ["/api/models/acme/model"]  # has the branch moved?
+    assert (again.config, again.weight_bytes) == (first.config, first.weight_bytes)
+    hub.seen.clear()
+    assert find(f"acme/model@{COMMIT}").config == CONFIG
+    assert hub.seen == []
+    hub.repos["acme/model"].commit = "f" * 40
+    hub.repos["acme/model"].files["config.json"] = b"{}"
+    assert find("acme/model").config == {}
+
+
+def test_where_the_hub_is_down_what_it_said_before_is_used(hub: Hub) -> None:
+    find("acme/model")
+    hub.status = 503
+    found = find("acme/model")
+    assert found.config == CONFIG
+    (note,) = found.notes
+    assert "answered 503" in note
+    assert "going on from what the hub said a moment ago" in note
+    assert find("acme/model", online=False).config == CONFIG
+
+
+def test_where_the_hub_is_down_and_nothing_is_known(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.status = 500
+    error = problem("acme/model")
+    assert error.exit_code == 1
+    assert "answered 500" in str(error)
+    assert "neither the cache nor the catalogue" in str(error)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert "does not answer" in str(problem("acme/model"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE" in str(problem("acme/model"))
+
+
+def test_nothing_is_asked_where_nobody_may_be(hub: Hub) -> None:
+    found = find("acme/model", online=False)
+    assert (found.config, found.weight_bytes) == ({}, None)
+    assert hub.seen == []
+
+
+def test_the_token_goes_along(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    find("acme/model@main")
+    assert {authorization for _, authorization, _ in hub.seen} == {"Bearer hf_x"}
+    assert hub.paths[0] == "/api/models/acme/model/revision/main"
+
+
+def test_packed_weights_are_counted_by_the_index_not_by_the_hub(hub: Hub) -> None:
+    # gpt-oss: the record counts parameters, four bits each; `metal/` and `original/` are copies.
+    hub.repos["acme/packed"] = Repo(
+        files={
+            "config.json": json.dumps(CONFIG).encode(),
+            "metal/model.bin": b"y" * 900,
+            "original/model.safetensors": safetensors_of({"a": ("U8", [7])}),
+            "model.safetensors.index.json": json.dumps(
+                {"metadata": {"total_size": 13761264768}, "weight_map": {f"w{i}": "a" for i in range(9999)}}
+            ).encode(),
+        },
+        record={"safetensors": {"parameters": {"BF16": 1804459584, "U8": 19707494400}}},
+    )
+    found = find("acme/packed")
+    assert (found.parameters, found.weight_bytes) == (None, 13761264768)
+    assert hub.sent < 8000
+    assert hub.seen[-1][2] == "bytes=0-4095"
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_headers_are_read_where_there_is_no_index(hub: Hub, ranges: bool) -> None:
+    hub.ranges = ranges
+    hub.repos["acme/one"] = Repo(
+        files={
+            "config.json": b"{}",
+            "model.safetensors": safetensors_of({"a": ("BF16", [3, 5]), "b": ("F8_E4M3", [4])}, 30_000_000),
+        }
+    )
+    found = find("acme/one")
+    assert (found.parameters, found.weight_bytes) == ({"BF16": 15, "F8_E4M3": 4}, 34)
+    assert hub.sent < 20_000_000 if not ranges else hub.sent < 2000
+
+
+def test_an_index_that_states_its_total_at_the_end(hub: Hub) -> None:
+    index = {"weight_map": {f"w{i}": "a.safetensors" for i in range(999)}, "metadata": {"total_size": 77}}
+    hub.repos["acme/late"] = Repo(
+        files={"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()}
+    )
+    assert find("acme/late").weight_bytes == 77
+
+
+def test_weights_of_pytorch_are_known_by_their_size(hub: Hub) -> None:
+    hub.repos["acme/old"] = Repo(
+        files={"config.json": b"{}", "pytorch_model-1.bin": b"x" * 700, "a.bin": b"y"}
+    )
+    assert find("acme/old").weight_bytes == 700
+
+
+def test_an_image_model_is_known_by_its_parts(hub: Hub) -> None:
+    hub.repos["acme/image"] = Repo(
+        files={
+            "model_index.json": b"{}",
+            "all-in-one.safetensors": b"x" * 1000,
+            "vae/model.safetensors": b"x" * 30,
+            "vae/model.fp16.safetensors": b"x" * 15,
+            "unet/model.safetensors": b"x" * 200,
+        }
+    )
+    found = find("acme/image")
+    assert (found.config, found.weight_bytes, found.pipeline) == ({}, 230, "text-to-image")
+
+
+def test_a_mirror_without_an_api(hub: Hub) -> None:
+    hub.api = False
+    hub.repos["acme/mirrored"] = Repo(
+        files={"config.json": b'{"a": 1}', "model.safetensors": safetensors_of({"a": ("F16", [8])})}
+    )
+    found = find("acme/mirrored")
+    assert (found.config, found.weight_bytes, found.revision) == ({"a": 1}, 16, None)
+
+
+def test_a_gated_repository_says_which_page_and_which_command(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos["acme/gated"] = Repo(files={"config.json": b"{}"}, gated=True)
+    error = problem("acme/gated")
+    assert error.exit_code == 2
+    assert "acme/gated is gated" in str(error)
+    assert "https://huggingface.co/acme/gated" in (error.hint or "")
+    assert "modal secret create huggingface" in (error.hint or "")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert find("acme/gated").config == {}
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "adapter (LoRA)"),
+        (["model-Q4_K_M.gguf", "README.md"], "GGUF"),
+        (["model.safetensors"], "of which architecture"),
+        (["README.md"], "no weights"),
+    ],
+)
+def test_what_is_no_model_is_named(hub: Hub, tmp_path: Path, files: list[str], says: str) -> None:
+    hub.repos["acme/other"] = Repo(files=dict.fromkeys(files, b"x"))
+    error = problem("acme/other")
+    assert error.exit_code == 2
+    assert "acme/other has no config.json" in str(error)
+    assert says in str(error)
+    for file in files:
+        (tmp_path / file).write_bytes(b"x")
+    assert says in str(problem(str(tmp_path)))
+
+
+def test_a_dataset_is_no_model(hub: Hub) -> None:
+    hub.repos["acme/data"] = Repo(kind="dataset")
+    error = problem("acme/data")
+    assert error.exit_code == 2
+    assert "is a dataset" in str(error)
+
+
+def test_what_the_hub_does_not_have(hub: Hub) -> None:
+    missing = problem("acme/missing")
+    assert missing.exit_code == 2
+    assert "no repository 'acme/missing'" in str(missing)
+    assert "HF_TOKEN" in (missing.hint or "")
+    revision = problem("acme/model@v9")
+    assert revision.exit_code == 2
+    assert "no revision 'v9'" in str(revision)
+
+
+@pytest.mark.parametrize("config", [b"<html>", b"[]", b"\xff", b"1"])
+def test_a_config_that_is_none(hub: Hub, tmp_path: Path, config: bytes) -> None:
+    hub.repos["acme/bad"] = Repo(files={"config.json": config})
+    assert problem("acme/bad").exit_code == 2
+    (tmp_path / "config.json").write_bytes(config)
+    assert problem(str(tmp_path)).exit_code == 2
+
+
+# -- a folder, a config.json
+
+
+def test_a_folder_is_counted_by_the_headers_of_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model-1.safetensors").write_bytes(safetensors_of({"a": ("BF16", [10, 10])}))
+    (tmp_path / "model-2.safetensors").write_bytes(safetensors_of({"b": ("BF16", [])}))
+    (tmp_path / "consolidated.safetensors").write_bytes(safetensors_of({"a": ("BF16", [10, 10])}))
+    found = find(str(tmp_path))
+    assert (found.parameters, found.weight_bytes, found.config) == ({"BF16": 101}, 202, CONFIG)
+    index = {"metadata": {"total_size": 7}, "weight_map": {"a": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert find(str(tmp_path)).weight_bytes == 200
+    index["weight_map"] = {"a": "not-downloaded.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert find(str(tmp_path)).weight_bytes == 7
+
+
+def test_a_config_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = find(str(tmp_path / "config.json"))
+    assert (found.config, found.weight_bytes, found.repo) == (CONFIG, None, None)
+    monkeypatch.chdir(tmp_path)
+    assert find("config.json").config == CONFIG
+    assert find("./").config == CONFIG
+    assert find(".").config == CONFIG
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "org" / "name" / "config.json").write_text("{}")
+    assert find("org/name").config == {}
+
+
+def test_paths_that_are_none(tmp_path: Path) -> None:
+    assert "there is no" in str(problem("./nowhere"))
+    assert "there is no" in str(problem("nowhere.json"))
+    (tmp_path / "broken.safetensors").write_bytes(b"1234567")
+    (tmp_path / "config.json").write_text("{}")
+    assert "shorter than 8 bytes" in str(problem(str(tmp_path)))
+
+
+def test_neither_alias_nor_repository() -> None:
+    assert "did you mean llama3" in str(problem("lama3"))
+    assert problem("a b").exit_code == 2
+
+
+def test_the_catalogue_answers_for_its_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        configs, "_catalogue_config", lambda repo: CONFIG if repo == "Qwen/Qwen3-8B" else None
+    )
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    found = find("qwen3")
+    assert (found.config, found.source, found.notes) == (CONFIG, "the catalogue", ())
+    by_repo = find("Qwen/Qwen3-8B")
+    assert by_repo.config == CONFIG
+    assert "does not answer" in by_repo.notes[0]
+    assert "going on from the catalogue" in by_repo.notes[0]
