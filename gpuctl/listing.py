@@ -1,6 +1,6 @@
 """What is deployed: gpuctl's records joined with one `modal app list`.
 
-May import: `gpuctl.errors`, `modal_cli`, `paths`, `reach`, `records`, `target`.
+May import: `gpuctl.errors`, `modal_cli`, `paths`, `reach`, `records`, `target`, `times`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.errors import GpuctlError
@@ -18,6 +17,7 @@ from gpuctl.paths import state_dir
 from gpuctl.reach import environment_name, no_environment, plane_is_down, reach
 from gpuctl.records import DeploymentRecord, Records, place
 from gpuctl.target import Target
+from gpuctl.times import age
 
 if TYPE_CHECKING:
     from gpuctl.cli.console import Console
@@ -63,15 +63,6 @@ class Row:
             record.url if self.state != STOPPED else "-",
             age(record.deployed_at),
         )
-
-
-def age(since: str, *, at: datetime | None = None) -> str:
-    """`12s`, `5m`, `3h`, `2d`: how long ago an ISO time was."""
-    seconds = max(0, int(((at or datetime.now(UTC)) - datetime.fromisoformat(since)).total_seconds()))
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{seconds // length}{unit}"
-    return f"{seconds}s"
 
 
 def deployments(

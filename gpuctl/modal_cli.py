@@ -93,6 +93,10 @@ def proxy_token_create_argv(name: str) -> list[str]:
     return [*MODAL, "workspace", "proxy-tokens", "create", "--name", name, "--json"]
 
 
+def billing_rates_argv() -> list[str]:
+    return [*MODAL, "billing", "rates", "--json"]
+
+
 def _environment(environment: str | None) -> list[str]:
     return ["--env", environment] if environment else []
 
@@ -128,6 +132,9 @@ class ModalEnv:
 # -- running it
 
 
+TIMED_OUT = 124  # as timeout(1) says it
+
+
 @dataclass(frozen=True)
 class Completed:
     returncode: int
@@ -148,8 +155,8 @@ class Follower(Protocol):
 class Runner(Protocol):
     """How processes are started. Tests inject their own."""
 
-    def run(self, argv: Sequence[str], env: ModalEnv) -> Completed:
-        """To its end, output kept."""
+    def run(self, argv: Sequence[str], env: ModalEnv, *, timeout: float | None = None) -> Completed:
+        """To its end, output kept; `timeout` seconds at most, then its code is `TIMED_OUT` and stderr says so."""
 
     def stream(
         self,
@@ -174,16 +181,20 @@ class Runner(Protocol):
 class ProcessRunner:
     """The real one."""
 
-    def run(self, argv: Sequence[str], env: ModalEnv) -> Completed:
-        done = subprocess.run(
-            list(argv),
-            env=_piped(env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+    def run(self, argv: Sequence[str], env: ModalEnv, *, timeout: float | None = None) -> Completed:
+        try:
+            done = subprocess.run(
+                list(argv),
+                env=_piped(env),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as late:
+            return Completed(TIMED_OUT, "", f"no answer within {late.timeout:g} s")
         return Completed(done.returncode, done.stdout, done.stderr)
 
     def stream(

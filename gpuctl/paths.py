@@ -13,13 +13,14 @@ from pathlib import Path
 from gpuctl.errors import GpuctlError
 
 
-def _xdg(variable: str, fallback: str) -> Path:
+def _xdg(variable: str, fallback: str, *, make: bool = True) -> Path:
     root = os.environ.get(variable, "")
     # The XDG specification: a relative path in these variables is invalid and is to be ignored.
     try:
         base = Path(root) if root.startswith("/") else Path.home() / fallback
         directory = base / "gpuctl"
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if make:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise GpuctlError(
             f"no folder {directory} for what gpuctl keeps: {error.strerror}",
@@ -35,9 +36,9 @@ def state_dir() -> Path:
     return _xdg("XDG_STATE_HOME", ".local/state")
 
 
-def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/gpuctl`, made when missing."""
-    return _xdg("XDG_CACHE_HOME", ".cache")
+def cache_dir(*, make: bool = True) -> Path:
+    """`$XDG_CACHE_HOME/gpuctl`, made when missing; not with `make=False`, for who only looks."""
+    return _xdg("XDG_CACHE_HOME", ".cache", make=make)
 
 
 def config_dir() -> Path:

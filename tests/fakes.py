@@ -54,7 +54,7 @@ class FakeRunner:
                 return answer
         raise AssertionError(f"nobody expected: modal {' '.join(words)}")
 
-    def run(self, argv: Sequence[str], env: ModalEnv) -> Completed:
+    def run(self, argv: Sequence[str], env: ModalEnv, *, timeout: float | None = None) -> Completed:
         return self._answer(argv, env)
 
     def stream(

@@ -14,7 +14,7 @@ import pytest
 
 from gpuctl import modal_cli
 from gpuctl.errors import GpuctlError
-from gpuctl.modal_cli import MODAL, ModalEnv, ProcessRunner
+from gpuctl.modal_cli import MODAL, TIMED_OUT, ModalEnv, ProcessRunner
 from gpuctl.target import Target
 
 PYTHON = sys.executable
@@ -119,3 +119,9 @@ def test_hand_over_gives_the_exit_code() -> None:
     assert ProcessRunner().hand_over([PYTHON, "-c", "exit(5)"], ENV) == 5
     with pytest.raises(KeyboardInterrupt):
         ProcessRunner().hand_over([PYTHON, "-c", "import os; os.kill(os.getpid(), 2)"], ENV)
+
+
+def test_a_child_that_takes_too_long_is_ended() -> None:
+    argv = [PYTHON, "-c", "import time; time.sleep(60)"]
+    done = ProcessRunner().run(argv, ENV, timeout=0.2)
+    assert (done.returncode, done.stderr) == (TIMED_OUT, "no answer within 0.2 s")
