@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from gpuctl import catalog
-from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.errors import usage_error
 from gpuctl.specs import names
 from gpuctl.specs.engine_args import RESERVED, check_engine_args
 from gpuctl.specs.gpu import GpuRequest
 from gpuctl.specs.model import ModelRef
+from gpuctl.specs.reader import MOST, WHOLE, Reader, repeated
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 DEFAULT_CONCURRENCY = 32
 DEFAULT_MIN_CONTAINERS = 0
@@ -35,19 +36,14 @@ CACHES = (("huggingface-cache", HUGGINGFACE_CACHE), ("vllm-cache", VLLM_CACHE))
 
 _LONGEST_TIMEOUT = 24 * 3600  # seconds: Modal's limit for time-outs
 _SCALEDOWN = (2, 3600)  # seconds: modal 1.6.4, `_functions.py`
-_MOST = 2**31 - 1  # the wire has 32 bits
 
-_WHOLE = re.compile(r"[0-9]{1,10}", re.ASCII)
 _DECIMAL = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,3})?", re.ASCII)
 _REGION = re.compile(r"[a-z][a-z0-9-]{0,62}")
-_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}(?:rc[0-9]{1,4}|\.post[0-9]{1,4})?", re.ASCII)
 _DEBIAN = re.compile(r"[a-z0-9][a-z0-9.+-]*(?:=[A-Za-z0-9.+:~-]+)?")  # Debian policy 5.6.1, 5.6.12
 
 # A Volume here would hide what starts the engine.
 _SYSTEM = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt", "/proc", "/run", "/sbin", "/sys", "/usr", "/var")
 _KERNEL = ("/dev/", "/proc/", "/sys/")
-
-T = TypeVar("T")
 
 # The default of --startup-timeout: what a container may take from its start until it answers.
 _BOOT_SECONDS = 600  # image pull, imports, torch.compile and CUDA graphs; an assumption on the safe side
@@ -195,7 +191,7 @@ class ServeSpec:
         mounts = read.volumes(volume)
         app_tags = read.tags(tag)
         rollout = read.one_of("--strategy", strategy, STRATEGIES)
-        version = read.version(vllm_version)
+        version = read.version("--vllm-version", vllm_version)
         python_packages = read.many("--pip", pip, _python_package)
         system_packages = read.many("--apt", apt, _system_package)
         read.problems += check_engine_args(engine_args)
@@ -256,79 +252,22 @@ def default_startup_timeout(download_gib: float | None) -> int:
     return min(int(-(-seconds // 60) * 60), _LONGEST_TIMEOUT)
 
 
-class _Reader:
-    """Reads options one by one, and keeps every problem for one report."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def problem(self, line: str) -> None:
-        self.problems.append(line)
-
-    def parsed(self, parse: Callable[[str], T], text: str) -> T | None:
-        try:
-            return parse(text)
-        except GpuctlError as error:
-            self.problems += error.problems
-            return None
-
-    def rule(self, flag: str, text: str | None, wrong: Callable[[str], str | None]) -> None:
-        """Check a text that is taken as it is."""
-        said = None if text is None else wrong(text)
-        if said:
-            self.problem(f"{flag}: {said}")
-
-    def many(self, flag: str, texts: Sequence[str], wrong: Callable[[str], str | None]) -> tuple[str, ...]:
-        """A repeatable option, each text taken as it is, none twice."""
-        for text in texts:
-            self.rule(flag, text, wrong)
-        for text in _repeated(texts):
-            self.problem(f"{flag}: {text!r} is given twice")
-        return tuple(texts)
-
-    def whole(
-        self,
-        flag: str,
-        text: str | None,
-        default: int,
-        *,
-        at_least: int = 1,
-        at_most: int = _MOST,
-        unit: str | None = None,
-    ) -> int:
-        number = self.optional_whole(flag, text, at_least=at_least, at_most=at_most, unit=unit)
-        return default if number is None else number
-
-    def optional_whole(
-        self, flag: str, text: str | None, *, at_least: int = 1, at_most: int = _MOST, unit: str | None = None
-    ) -> int | None:
-        if text is None:
-            return None
-        if _WHOLE.fullmatch(text.strip()) and at_least <= int(text) <= at_most:
-            return int(text)
-        huge = text.strip().isdecimal() and (len(text.strip()) > 10 or int(text) > at_most)
-        span = f"from {at_least} to {at_most}" if huge or at_most != _MOST else f"of at least {at_least}"
-        self.problem(f"{flag}: {text!r} is not a whole number {span}" + (f" ({unit})" if unit else ""))
-        return None
+class _Reader(Reader):
+    """The options that only this verb has."""
 
     def amount(self, flag: str, text: str | None, *, whole: bool, unit: str) -> Amount | None:
         if text is None:
             return None
         parts = [part.strip() for part in text.split(",")]
-        pattern = _WHOLE if whole else _DECIMAL
+        pattern = WHOLE if whole else _DECIMAL
         numbers = [(int if whole else float)(part) for part in parts if pattern.fullmatch(part)]
-        if len(numbers) != len(parts) or len(parts) > 2 or not all(0 < number <= _MOST for number in numbers):
+        if len(numbers) != len(parts) or len(parts) > 2 or not all(0 < number <= MOST for number in numbers):
             self.problem(f"{flag}: {text!r} is not a positive number of {unit}")
             return None
         if len(numbers) == 2 and numbers[1] < numbers[0]:
             self.problem(f"{flag}: the limit in {text!r} is less than the request")
             return None
         return Amount(*numbers)
-
-    def one_of(self, flag: str, text: str | None, allowed: Sequence[str]) -> str | None:
-        if text is not None and text not in allowed:
-            self.problem(f"{flag}: {text!r} is not one of {', '.join(allowed)}")
-        return text
 
     def regions(self, text: str | None) -> tuple[str, ...]:
         if text is None:
@@ -341,15 +280,6 @@ class _Reader:
                 )
         return regions
 
-    def version(self, text: str | None) -> str:
-        if text is None:
-            return catalog.vllm().version
-        if not _VERSION.fullmatch(text):
-            self.problem(
-                f"--vllm-version: {text!r} is not an exact version, such as {catalog.vllm().version}"
-            )
-        return text
-
     def pairs(self, flag: str, texts: Sequence[str], form: str) -> list[tuple[str, str]]:
         pairs = []
         for text in texts:
@@ -358,7 +288,7 @@ class _Reader:
                 self.problem(f"{flag}: {_shown(text, flag)} is not of the form {form}")
                 continue
             pairs.append((key, value))
-        for key in _repeated([key for key, _ in pairs]):
+        for key in repeated([key for key, _ in pairs]):
             self.problem(f"{flag}: {key!r} is given twice")
         return pairs
 
@@ -404,7 +334,7 @@ class _Reader:
                         f"--volume: {text!r} collides with the cache {cache}, which is mounted at {at}"
                     )
             mounts.append(VolumeMount(name, path))
-        for name in _repeated([mount.name for mount in mounts]):
+        for name in repeated([mount.name for mount in mounts]):
             self.problem(f"--volume: {name!r} is given twice; Modal mounts a Volume in one place only")
         for i, mount in enumerate(mounts):
             for other in mounts[:i]:
@@ -416,10 +346,6 @@ class _Reader:
 def _shown(text: str, flag: str) -> str:
     """A refused text as it may be printed: what was meant for a variable may be a secret."""
     return "an entry" if flag == "--env-var" else repr(text)
-
-
-def _repeated(texts: Sequence[str]) -> list[str]:
-    return [text for text in dict.fromkeys(texts) if list(texts).count(text) > 1]
 
 
 def _overlap(one: str, other: str) -> bool:
