@@ -1,0 +1,68 @@
+"""Does it fit: against what vLLM itself printed."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuctl.catalog.overheads import engine_constants
+from gpuctl.errors import GpuctlError
+from gpuctl.fit import architecture
+from gpuctl.fit.values import GIB, Ask, Card, ModelFacts, Verdict
+from gpuctl.fit.verdict import judge
+
+H100 = Card("H100", int(79.19 * GIB), 3.35e12, {"bf16": 989e12}, (9, 0), True, 0.001097)
+LLAMA_3_1_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+
+
+def facts(config: dict[str, object]) -> ModelFacts:
+    read = architecture.read(config, what="config.json")
+    return ModelFacts("a model", None, None, read, None, "llm", read.context, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("tp", "weights_gib", "kv_gib", "tokens"),
+    [(1, 14.99, 58.11, 476_016), (2, 7.51, 63.76, 1_044_688), (4, 3.77, 67.44, 2_209_792)],
+)
+def test_llama_on_h100_as_vllm_0_19_logged_it(
+    tp: int, weights_gib: float, kv_gib: float, tokens: int
+) -> None:
+    ask = Ask(context=8192, gpu_memory_utilization=0.95, engine_version="0.19.0")
+    judged = judge(facts(LLAMA_3_1_8B), H100, tp, ask, engine_constants("0.19.0"))
+    assert judged.per_gpu
+    assert judged.verdict is Verdict.FITS
+    assert judged.per_gpu.weights / GIB == pytest.approx(weights_gib, abs=0.01)
+    assert judged.per_gpu.kv_cache / GIB == pytest.approx(kv_gib, rel=0.01)
+    assert judged.kv_cache_tokens == pytest.approx(tokens, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("hidden_size", None, "hidden_size is missing"),
+        ("vocab_size", -5, "vocab_size is -5"),
+        ("num_hidden_layers", "many", "num_hidden_layers is 'many'"),
+        ("model_type", None, "model_type is missing"),
+    ],
+)
+def test_a_field_that_is_missing_or_absurd_is_named(field: str, value: object, said: str) -> None:
+    config = {**LLAMA_3_1_8B, field: value}
+    with pytest.raises(GpuctlError) as error:
+        architecture.read(config, what="m/config.json")
+    assert error.value.problems[0].startswith("m/config.json: ")
+    assert said in error.value.problems[0]
+
+
+def test_heads_that_cannot_be_divided_are_a_no() -> None:
+    judged = judge(facts(LLAMA_3_1_8B), H100, 3, Ask(), engine_constants("0.32.0"))
+    assert judged.verdict is Verdict.NO
+    assert "32 attention heads" in judged.reason
