@@ -1,7 +1,8 @@
 """Carry a plan out: write the file, `modal deploy` it, record it, wait for its first answer, say how to use it.
 
 Nothing is decided here that the plan has not decided; `--dry-run` shows the same plan. May import:
-`gpuctl.errors`, `files`, `paths`, `modal_cli`, `plan`, `reach`, `records`, `snippets`, `target`, `tokens`, `wait`.
+`gpuctl.errors`, `cost`, `files`, `paths`, `modal_cli`, `plan`, `reach`, `records`, `snippets`, `target`, `tokens`,
+`wait`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import __version__
+from gpuctl.cost import usd
 from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.files import write_private
 from gpuctl.modal_cli import check_version, deploy_argv, server_info_argv, shown
@@ -69,6 +71,7 @@ class Deployed:
     environment: str
     app_id: str
     seconds: dict[str, float]
+    cost: dict[str, Any] | None
 
     def document(self) -> dict[str, Any]:
         """`serve --json` (docs/json.md). Holds no credential."""
@@ -82,6 +85,7 @@ class Deployed:
             "environment": self.environment,
             "app_id": self.app_id,
             "seconds": self.seconds,
+            "cost": self.cost,
         }
 
 
@@ -101,11 +105,11 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
     spec = plan.spec
     modal_version = check_tools(spec.target)
     environment = environment_name(spec.target, spec.environment)
-    for note in plan.notes:
-        console.note(note)
+    plan.tell(console)
     env = reach(spec.target)
     if spec.target is Target.MODAL and not yes:
-        question = f"Deploy '{spec.name}' to Modal (environment '{environment}')?"
+        most = f", for at most {usd(plan.cost.most_usd)} an hour" if plan.cost else ""
+        question = f"Deploy '{spec.name}' to Modal (environment '{environment}'){most}?"
         if not console.confirm(
             question, refused="--yes: needed to deploy to Modal when there is no terminal to ask on"
         ):
@@ -158,6 +162,7 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
         environment=environment,
         app_id=app_id,
         seconds=seconds,
+        cost=plan.cost.document() if plan.cost else None,
     )
     _show(deployed, use, console)
     return deployed

@@ -1,4 +1,6 @@
-"""What will be done: the rendered source, and what to say before. May import: render, catalog, specs, target.
+"""What will be done: the rendered source, what it costs, and what to say before.
+
+May import: cost, prices (its values), render, catalog, specs, target.
 
 Pure: no network, and no disk but the templates and the catalogue. `--dry-run` shows the same plan that a deploy
 executes, so the preview cannot lie.
@@ -13,15 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpuctl import catalog
+from gpuctl.cost import Cost, cost_of, within
+from gpuctl.prices import from_catalogue
 from gpuctl.render import engine_args, render_serve
 from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
-from gpuctl.specs.gpu import ANY
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gpuctl.specs.gpu import GpuChoice
+    from gpuctl.cli.console import Console
+    from gpuctl.prices import Rates
     from gpuctl.specs.serve import ServeSpec
 
 # What says how to show or to ask, not what to make: the same file comes of a command with and without them.
@@ -33,26 +37,56 @@ _ONLY_TALK_WITH_VALUE = {"--render"}
 
 @dataclass(frozen=True)
 class Plan:
-    """A decided deployment. `argv` is the command that heads the file; `notes` are said before anything happens."""
+    """A decided deployment. `argv` is the command that heads the file.
+
+    `notes` and `warnings` are said before anything happens; `cost` is None where nothing is charged.
+    """
 
     spec: ServeSpec
     source: str
     digest: str  # sha256 of the source, hexadecimal
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    cost: Cost | None
     argv: tuple[str, ...]
 
+    def tell(self, console: Console) -> None:
+        """What is to be known before: notes, then warnings, which `--quiet` does not silence."""
+        for note in self.notes:
+            console.note(note)
+        for warning in self.warnings:
+            console.warn(warning)
 
-def plan_serve(spec: ServeSpec, *, argv: Sequence[str], revision: str | None = None) -> Plan:
-    """Decide. `argv`: the user's command line; `revision`: the exact commit, where it has been resolved."""
+
+def plan_serve(
+    spec: ServeSpec, *, argv: Sequence[str], revision: str | None = None, rates: Rates | None = None
+) -> Plan:
+    """Decide. `argv`: the user's command line; `revision`: the exact commit, where it has been resolved.
+
+    `rates`: the prices to reckon with; None: the catalogue's.
+    """
     if revision is not None:
         spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, revision=revision))
     command = tuple(command_of(argv, spec.target))
+    cost = lowered = None
+    gpu = spec.gpu
+    if gpu is not None and spec.target is not Target.LOCAL:
+        rates = rates or from_catalogue("nobody was asked")
+        spec, lowered = within(spec, gpu.choices, rates)
+        cost = cost_of(spec, gpu.choices, rates)
     source = render_serve(spec, argv=command)
+    notes = list(_notes(spec))
+    if lowered:
+        notes.append(lowered)
+    if cost is not None:
+        notes += cost.notes()
     return Plan(
         spec=spec,
         source=source,
         digest=hashlib.sha256(source.encode()).hexdigest(),
-        notes=tuple(_notes(spec)),
+        notes=tuple(notes),
+        warnings=() if cost is None else tuple(cost.warnings()),
+        cost=cost,
         argv=command,
     )
 
@@ -106,8 +140,6 @@ def _notes(spec: ServeSpec) -> Iterator[str]:
         yield "--no-auth: whoever has the URL can use the endpoint"
     if spec.target is Target.LOCAL:
         yield from _local_notes(spec)
-    elif spec.gpu is not None:
-        yield _cost(spec, spec.gpu.choices)
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -126,6 +158,8 @@ def _local_notes(spec: ServeSpec) -> Iterator[str]:
         size = spec.model.download_gib
         much = f"about {size:.0f} GiB" if size else "of unknown size"
         yield f"local: the weights ({much}) are downloaded to this machine and run on its CPU; for a rehearsal use tiny"
+    if spec.max_hourly_cost is not None:
+        yield "local: nothing is charged here, so --max-hourly-cost lowers nothing; on Modal it may"
 
 
 def _on_modal(spec: ServeSpec, cpu: catalog.Build, cuda: catalog.Build) -> Iterator[str]:
@@ -142,23 +176,3 @@ def _on_modal(spec: ServeSpec, cpu: catalog.Build, cuda: catalog.Build) -> Itera
     there = [*engine_args(spec, cuda), *spec.engine_args, *cuda.env]
     only_here = [word for word in (*engine_args(spec, cpu), *cpu.env) if word not in there]
     yield f"without the settings for a CPU ({', '.join(only_here)})"
-
-
-def _cost(spec: ServeSpec, choices: Sequence[GpuChoice]) -> str:
-    """The most that the GPUs can cost, by the dated list prices of the catalogue."""
-    gpus = catalog.gpus()
-    dearest = max(gpus.values(), key=lambda gpu: gpu.usd_per_second)
-    priced = [(choice, dearest if choice.type == ANY else gpus[choice.type]) for choice in choices]
-    choice, gpu = max(priced, key=lambda pair: pair[0].count * pair[1].usd_per_second)
-    each = choice.count * gpu.usd_per_second * 3600
-    most = each * spec.max_containers
-    up = f"{spec.max_containers} containers are up" if spec.max_containers > 1 else "its container is up"
-    always = (
-        f", of which {spec.min_containers} always: ${each * spec.min_containers * 24:.2f} a day"
-        if spec.min_containers
-        else "; nothing while none is"
-    )
-    return (
-        f"GPUs cost at most ${most:.2f} an hour, while {up} ({choice}){always}. List price of {gpu.price_as_of}; "
-        "CPU and memory come on top; `modal billing rates` has yours"
-    )

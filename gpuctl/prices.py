@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -21,23 +21,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from gpuctl import catalog
 from gpuctl.catalog.pricing import pricing
 from gpuctl.errors import GpuctlError
-from gpuctl.files import write_private
-from gpuctl.modal_cli import ModalEnv, billing_rates_argv, shown
 from gpuctl.paths import cache_dir
-from gpuctl.reach import account, check_credentials
 from gpuctl.target import Target
 from gpuctl.times import age
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
-    from gpuctl.modal_cli import Runner
+    from gpuctl.modal_cli import ModalEnv, Runner
 
 SCHEMA = 1
 KEPT_SECONDS = 24 * 3600
 # The client itself gives up on a server that it cannot reach after a minute; a price is not worth that.
 ASK_SECONDS = 15.0
+
+ASKED_WITH = "modal billing rates --json"
 
 Source = Literal["account", "catalogue"]
 CPU_CORE, MEMORY_GIB = "CPU core", "GiB of memory"
@@ -70,6 +69,11 @@ class Rates:
     reason: str | None  # why the account's own prices are not there; None where they are
     unrecognised: tuple[str, ...] = ()  # keys of the account's own prices that gpuctl does not know
 
+    def only(self, gpus: Collection[str]) -> Rates:
+        """The prices of these types, and of CPU and memory: what is said of them is said of these alone."""
+        kept = {name: price for name, price in self.gpus.items() if name in gpus}
+        return dataclasses.replace(self, gpus=MappingProxyType(kept))
+
     @property
     def fetched_at(self) -> str | None:
         """When the account's own prices were asked for (ISO 8601); None where none of them is."""
@@ -93,7 +97,7 @@ class Rates:
         strange = f"; not recognised: {', '.join(self.unrecognised)}" if self.unrecognised else ""
         if fetched_at is None:
             return f"list prices of {self._days()} ({self.reason}{strange})"
-        own = f"your account's own prices (`{shown(billing_rates_argv())}`, {age(fetched_at, at=at)} old)"
+        own = f"your account's own prices (`{ASKED_WITH}`, {age(fetched_at, at=at)} old)"
         if self.source == "mixed":
             own += (
                 f", but list prices of {self._days()} for {', '.join(self.from_catalogue)}: "
@@ -140,6 +144,12 @@ def rates(
     at = at or datetime.now(UTC)
     if target is Target.LOCAL:
         return from_catalogue("this machine has no prices")
+    not_asked = "your account's own are asked for when deploying, or by `gpuctl gpus`"
+    if runner is None and not _anything_kept():
+        return from_catalogue(not_asked)  # without what follows imports: a dry run is to be quick
+    from gpuctl.modal_cli import ModalEnv
+    from gpuctl.reach import check_credentials
+
     try:
         check_credentials(environ)
     except GpuctlError:
@@ -148,9 +158,7 @@ def rates(
     kept = _kept(env, at)
     if kept is not None:
         return kept
-    if runner is None:
-        return from_catalogue("your account's own are asked for when deploying, or by `gpuctl gpus`")
-    return _asked(env, runner, at)
+    return from_catalogue(not_asked) if runner is None else _asked(env, runner, at)
 
 
 def from_catalogue(reason: str) -> Rates:
@@ -159,17 +167,19 @@ def from_catalogue(reason: str) -> Rates:
 
 
 def _asked(env: ModalEnv, runner: Runner, at: datetime) -> Rates:
-    argv = billing_rates_argv()
-    done = runner.run(argv, env, timeout=ASK_SECONDS)
+    from gpuctl.files import write_private
+    from gpuctl.modal_cli import billing_rates_argv
+
+    done = runner.run(billing_rates_argv(), env, timeout=ASK_SECONDS)
     if done.returncode != 0:
         said = " ".join(done.stderr.split()).removeprefix("Error: ") or f"exit code {done.returncode}"
-        return from_catalogue(f"`{shown(argv)}` failed: {said[:200]}")
+        return from_catalogue(f"`{ASKED_WITH}` failed: {said[:200]}")
     try:
         told = json.loads(done.stdout)
     except ValueError:
         told = None
     if not isinstance(told, dict) or not told:
-        return from_catalogue(f"`{shown(argv)}` printed no prices")
+        return from_catalogue(f"`{ASKED_WITH}` printed no prices")
     fetched_at = at.isoformat(timespec="seconds").replace("+00:00", "Z")
     document = {"schema": SCHEMA, "fetched_at": fetched_at, "rates": told}
     with contextlib.suppress(OSError, GpuctlError):  # a disk that is full costs a second each time, no more
@@ -187,8 +197,23 @@ def _kept(env: ModalEnv, at: datetime) -> Rates | None:
         return None  # a cache that cannot be read is no cache
 
 
+def _folder() -> Path:
+    return cache_dir(make=False) / "rates"
+
+
+def _anything_kept() -> bool:
+    try:
+        return _folder().is_dir()
+    except GpuctlError:  # no home directory
+        return False
+
+
 def _file(env: ModalEnv) -> Path:
     """Where the prices of the account behind `env` are kept: another account, profile or server, another file."""
+    import hashlib
+
+    from gpuctl.reach import account
+
     of = (account(env), env.variables.get("MODAL_SERVER_URL", ""))
     return (
         cache_dir(make=False) / "rates" / f"{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.json"
@@ -204,7 +229,7 @@ def _joined(told: Mapping[str, Any], fetched_at: str | None, reason: str | None)
         own = _usd(told.get(key)) if key is not None else None
         if own is None or fetched_at is None:
             return Price(usd, "catalogue", as_of, where)
-        return Price(own, "account", fetched_at, f"{shown(billing_rates_argv())}: {key}")
+        return Price(own, "account", fetched_at, f"{ASKED_WITH}: {key}")
 
     core, memory = listed.cpu_core_hour, listed.memory_gib_hour
     found = {
@@ -214,7 +239,7 @@ def _joined(told: Mapping[str, Any], fetched_at: str | None, reason: str | None)
         for name, gpu in catalog.gpus().items()
     }
     if fetched_at is not None and not keys.known & told.keys():
-        reason = f"`{shown(billing_rates_argv())}` has none of the keys that gpuctl knows"
+        reason = f"`{ASKED_WITH}` has none of the keys that gpuctl knows"
     return Rates(
         gpus=MappingProxyType(found),
         cpu_core=price(keys.cpu_core, core.usd, core.origin.as_of, core.origin.source),

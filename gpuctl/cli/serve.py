@@ -78,6 +78,14 @@ def serve(
     buffer_containers: Annotated[
         str | None, number("Idle containers kept ready beyond the load while there is one.")
     ] = None,
+    max_hourly_cost: Annotated[
+        str | None,
+        text(
+            "USD",
+            "Most that all containers together may cost in an hour: it lowers --max-containers, or refuses. "
+            "By your account's prices, else list prices; CPU and memory as reserved, or at their limits.",
+        ),
+    ] = None,
     scaledown: Annotated[
         str | None,
         number("Seconds without a request after which a container ends, 2 to 3600. [default: 300]"),
@@ -174,6 +182,7 @@ def serve(
     """
     from gpuctl.cli.console import Console
     from gpuctl.plan import plan_serve
+    from gpuctl.prices import rates
     from gpuctl.specs.serve import ServeSpec
 
     if json and (dry_run or render):
@@ -186,6 +195,7 @@ def serve(
         min_containers=min_containers,
         max_containers=max_containers,
         buffer_containers=buffer_containers,
+        max_hourly_cost=max_hourly_cost,
         scaledown=scaledown,
         max_model_len=max_model_len,
         cpu=cpu,
@@ -214,11 +224,10 @@ def serve(
     console = Console(quiet=quiet, verbose=verbose, json=json)
 
     if dry_run or render:
-        plan = plan_serve(spec, argv=argv)
+        plan = plan_serve(spec, argv=argv, rates=rates(spec.target))
         if render:
             _write(render, plan.source)
-        for note in plan.notes:
-            console.note(note)
+        plan.tell(console)
         if dry_run:
             sys.stdout.write(plan.source)
         return
@@ -233,9 +242,10 @@ def serve(
     repo = spec.model.repo
     check_tools(spec.target)
     revision = None if repo is None else resolve_revision(repo, spec.model.revision)
+    runner = runner_of(ctx)
     execute(
-        plan_serve(spec, argv=argv, revision=revision),
-        runner=runner_of(ctx),
+        plan_serve(spec, argv=argv, revision=revision, rates=rates(spec.target, runner=runner)),
+        runner=runner,
         console=console,
         wait=wait,
         yes=yes,

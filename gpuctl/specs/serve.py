@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from gpuctl import catalog
@@ -38,6 +39,7 @@ _LONGEST_TIMEOUT = 24 * 3600  # seconds: Modal's limit for time-outs
 _SCALEDOWN = (2, 3600)  # seconds: modal 1.6.4, `_functions.py`
 
 _DECIMAL = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,3})?", re.ASCII)
+_DOLLARS = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,6})?", re.ASCII)
 _REGION = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _DEBIAN = re.compile(r"[a-z0-9][a-z0-9.+-]*(?:=[A-Za-z0-9.+:~-]+)?")  # Debian policy 5.6.1, 5.6.12
 
@@ -78,6 +80,7 @@ class ServeSpec:
     min_containers: int
     max_containers: int
     buffer_containers: int | None
+    max_hourly_cost: Decimal | None  # USD
     scaledown: int
     max_model_len: int | None
     cpu: Amount | None
@@ -113,6 +116,7 @@ class ServeSpec:
         min_containers: str | None = None,
         max_containers: str | None = None,
         buffer_containers: str | None = None,
+        max_hourly_cost: str | None = None,
         scaledown: str | None = None,
         max_model_len: str | None = None,
         cpu: str | None = None,
@@ -159,6 +163,7 @@ class ServeSpec:
                 + (" (its default)" if max_containers is None else "")
             )
         buffer = read.optional_whole("--buffer-containers", buffer_containers, at_least=0)
+        hourly = read.dollars("--max-hourly-cost", max_hourly_cost)
         idle = read.whole(
             "--scaledown",
             scaledown,
@@ -206,6 +211,7 @@ class ServeSpec:
             min_containers=least,
             max_containers=most,
             buffer_containers=buffer,
+            max_hourly_cost=hourly,
             scaledown=idle,
             max_model_len=model_len,
             cpu=cores,
@@ -268,6 +274,14 @@ class _Reader(Reader):
             self.problem(f"{flag}: the limit in {text!r} is less than the request")
             return None
         return Amount(*numbers)
+
+    def dollars(self, flag: str, text: str | None) -> Decimal | None:
+        if text is None:
+            return None
+        if _DOLLARS.fullmatch(text.strip()) and Decimal(text.strip()) > 0:
+            return Decimal(text.strip())
+        self.problem(f"{flag}: {text!r} is not a positive number of US dollars, as in 8 or 12.50")
+        return None
 
     def regions(self, text: str | None) -> tuple[str, ...]:
         if text is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -11,19 +12,24 @@ from pathlib import Path
 
 import pytest
 
+from fakes import FakeRunner
 from gpuctl.__main__ import main
 from gpuctl.cli.options import complete_gpu, complete_model
+from gpuctl.modal_cli import Completed
+from gpuctl.prices import rates
 from gpuctl.specs import serve as limits
+from gpuctl.target import Target
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("a network call")
 
     monkeypatch.delenv("GPUCTL_TARGET", raising=False)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def test_dry_run_prints_the_module_and_talks_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +39,7 @@ def test_dry_run_prints_the_module_and_talks_on_stderr(capsys: pytest.CaptureFix
     assert "gpuctl serve qwen3 --gpu H100\n" in out
     assert "--dry-run" not in out
     assert "not pinned" in err
-    assert "$3.95 an hour" in err
+    assert "cost: $3.96 an hour" in err
 
 
 def test_the_environment_can_name_the_target(
@@ -206,3 +212,57 @@ def test_a_dry_run_imports_little() -> None:
         "sqlite3",
     }
     assert not imported & {"pydantic", "pydantic_core"}
+
+
+def test_what_it_costs_comes_from_what_is_kept_and_nobody_is_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-mine")
+    command = ["serve", "qwen3", "--gpu", "H100", "--dry-run"]
+    assert main(command) == 0
+    assert "cost: $3.96 an hour" in capsys.readouterr().err
+    told = Completed(0, json.dumps({"gpu_hour_cost_h100": "2.00000"}), "")
+    rates(Target.MODAL, runner=FakeRunner({"billing rates": told}))
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert "cost: $2.01 an hour" in err
+    assert "your account's own prices (`modal billing rates --json`, " in err
+    assert "list prices of 2026-09-20 for CPU core, GiB of memory" in err
+
+
+def test_the_accounts_prices_are_asked_for_before_a_deploy_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-mine")
+    told = json.dumps({"gpu_hour_cost_h100": "2.00000"})
+    runner = FakeRunner({"billing rates": Completed(0, told, "")})
+    assert main(["serve", "tiny", "--gpu", "H100", "--max-containers", "9"], runner=runner) == 2
+    err = capsys.readouterr().err
+    assert "cost: $2.01 an hour" in err
+    assert "at most $18.06 an hour" in err
+    assert "error: --yes: needed to deploy" in err
+    assert runner.calls == [["billing", "rates", "--json"]]
+
+
+def test_a_bound_that_pays_for_no_container_is_a_wrong_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "app.py"
+    command = ["serve", "qwen3", "--gpu", "H100", "--max-hourly-cost", "3", "--render", str(file)]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "one container costs, $3.96 an hour on H100" in err
+    assert "--gpu A100-80GB ($2.51)" in err
+    assert not file.exists()
+
+
+def test_a_plan_that_is_too_small_is_warned_of_even_quietly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "qwen3", "--gpu", "H100:2", "--max-containers", "6", "--dry-run", "-q"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "warning: --max-containers 6: 12 GPUs in 6 containers are more at once than Modal's plan "
+    )
+    assert err.count("\n") == 1

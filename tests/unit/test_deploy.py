@@ -64,6 +64,7 @@ def test_from_a_plan_to_an_answer() -> None:
         "environment": "main",
         "app_id": "ap-AbCdEf123456",
         "seconds": deployed.seconds,
+        "cost": None,
     }
     assert list(deployed.seconds) == ["image", "container", "first_answer"]
     # One deploy and the follower of its log: the app's id and URL were read from what the deploy printed.
@@ -151,7 +152,7 @@ def test_modal_is_asked_for_confirmation_before_anything() -> None:
         execute(a_plan(target=Target.MODAL, gpu="T4"), runner=runner, console=console, wait=False)
     assert refused.value.exit_code == 2
     assert runner.calls == []
-    assert "an hour" in err.getvalue()  # what it may cost was said first
+    assert "cost: $0.60 an hour" in err.getvalue()  # what it may cost was said first
     assert not (state_dir() / "apps").exists()
 
 

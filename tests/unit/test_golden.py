@@ -17,8 +17,9 @@ CASES: list[Path] = golden.cases()
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GPUCTL_TARGET", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # prices of the account of who runs the tests
     monkeypatch.setenv("HF_TOKEN", "only-for-this-test")
 
 

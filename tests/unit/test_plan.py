@@ -113,20 +113,23 @@ def test_a_gated_model_without_a_token_says_how_to_give_one() -> None:
         assert "gated" not in notes(model="llama3", **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "dollars"),
-    [
-        ({"gpu": "H100"}, "$3.95 an hour, while its container is up (H100); nothing while none is"),
-        ({"gpu": "H100:2", "max_containers": "3"}, "$23.70 an hour, while 3 containers are up (H100:2)"),
-        ({"gpu": "L4,H100"}, "$3.95 an hour"),
-        ({"gpu": "any"}, "$6.25 an hour"),
-        ({"gpu": "H100", "min_containers": "1"}, "of which 1 always: $94.78 a day"),
-    ],
-)
-def test_the_most_that_it_can_cost(options: dict[str, Any], dollars: str) -> None:
-    said = notes(**options)
-    assert dollars in said
-    assert "List price of 2026-" in said
+def test_what_it_costs_is_said_before_on_modal_alone() -> None:
+    assert "cost: $3.96 an hour for each container" in notes(gpu="H100")
+    assert "list prices of 2026-" in notes(gpu="H100")
+    local = plan(target=Target.LOCAL, gpu="H100", max_hourly_cost="1", max_containers="9")
+    assert local.cost is None
+    assert local.warnings == ()
+    assert local.spec.max_containers == 9
+    assert any("nothing is charged here, so --max-hourly-cost lowers nothing" in note for note in local.notes)
+
+
+def test_a_plan_that_was_lowered_is_rendered_lowered() -> None:
+    made = plan(gpu="H100", max_containers="5", max_hourly_cost="10")
+    assert made.spec.max_containers == 2
+    assert "max_containers=2," in made.source
+    assert any(
+        note.startswith("--max-hourly-cost 10: at most 2 containers instead of 5") for note in made.notes
+    )
 
 
 def test_other_warnings() -> None:

@@ -1,6 +1,6 @@
 # Made with gpuctl 0.1.0, by this command:
 #
-#     gpuctl serve qwen3-32b --gpu RTX-PRO-6000 --concurrency 64 --min-containers 1 --max-containers 8 --buffer-containers 2 --scaledown 900
+#     gpuctl serve qwen3-32b --gpu RTX-PRO-6000 --concurrency 64 --min-containers 1 --max-containers 8 --max-hourly-cost 14 --buffer-containers 2 --scaledown 900
 """A language model behind an OpenAI-compatible API: vLLM as a Modal Server.
 
 Deploy it with `modal deploy` and this file's name. Written for modal 1.6.4; it needs
@@ -77,7 +77,7 @@ image = (
     target_concurrency=CONCURRENCY,
     max_concurrency=CONCURRENCY,
     min_containers=1,
-    max_containers=8,
+    max_containers=4,
     buffer_containers=2,
     scaledown_window=900,
     port=PORT,
