@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from gpuctl.errors import usage_error
+from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from gpuctl.fit.quantization import Quantization
 
 _ABSURD = 10**9  # no count or width of a model is as large
+
+
+class UnknownFamilyError(GpuctlError):
+    """A configuration of a family that is not in our tables: nothing wrong with it, only nothing known."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem, exit_code=EXIT_USAGE)
 
 
 class Split(Enum):

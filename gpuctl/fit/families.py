@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpuctl.errors import usage_error
-from gpuctl.fit.architecture import Architecture, Attention, Fields, Layer, Split, Tensor
+from gpuctl.fit.architecture import (
+    Architecture,
+    Attention,
+    Fields,
+    Layer,
+    Split,
+    Tensor,
+    UnknownFamilyError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,7 +117,7 @@ def build(f: Fields) -> Architecture:
         raise usage_error(f"{f.what}: model_type is missing", hint="Is it the config.json of a model?")
     style = STYLES.get(model_type)
     if style is None:
-        raise usage_error(f"{f.what}: model_type {model_type!r} is not known to gpuctl")
+        raise UnknownFamilyError(f"{f.what}: model_type {model_type!r} is not known to gpuctl")
     hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
     kv_heads = f.count("num_key_value_heads", default=heads)
     width = f.count("head_dim", default=max(1, hidden // heads))
