@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from gpuctl.local.functions import Functions
     from gpuctl.local.image_rpcs import Images
+    from gpuctl.local.items import Items
     from gpuctl.local.logs import Logs
     from gpuctl.local.mounts import Mounts
     from gpuctl.local.servers import Servers
@@ -51,8 +52,10 @@ class Apps:
         servers: Servers,
         tasks: Tasks,
         logs: Logs,
+        items: Items,
     ) -> None:
         self._store = store
+        self._items = items
         self._environments = environments
         self._functions = functions
         self._images = images
@@ -437,6 +440,7 @@ class Apps:
         for app in self._store.apps(environment_id=environment.id):
             await self.stop_app(app)
         self._store.delete_environment(environment.id)
+        self._items.delete_environment(environment.id)
         return empty()
 
 

@@ -14,12 +14,14 @@ def served() -> dict[str, str]:
     from gpuctl.local import (
         apps,
         blobs,
+        dicts,
         environments,
         functions,
         image_rpcs,
         logs,
         mounts,
         proxy_tokens,
+        queues,
         secrets,
         servers,
         tasks,
@@ -38,6 +40,8 @@ def served() -> dict[str, str]:
         blobs.Blobs,
         volumes.Volumes,
         secrets.Secrets,
+        dicts.Dicts,
+        queues.Queues,
         proxy_tokens.ProxyTokens,
         logs.Logs,
     )

@@ -246,6 +246,11 @@ class Store:
     def close(self) -> None:
         self._db.close()
 
+    def extend(self, schema: str) -> sqlite3.Connection:
+        """Add tables that a module keeps by itself, where they are not there yet; the connection to use them by."""
+        self._db.executescript(f"BEGIN; {schema} COMMIT;")
+        return self._db
+
     # ---- shared by all tables
 
     def _all(self, kind: type[Row], sql: str, values: Sequence[object] = ()) -> list[Row]:

@@ -26,11 +26,13 @@ class Call:
     """Who makes a call: the user's client, or the container `task_id`.
 
     `isolated`: the caller has a network of its own, and reaches the plane's URLs only by its way out.
+    `idempotency_key` is the same for a call and its retries; "" for none.
     """
 
     task_id: str
     client_version: str
     isolated: bool = False
+    idempotency_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,16 @@ def invalid(message: str) -> Exception:
 def conflict(message: str) -> Exception:
     """The client raises ConflictError: the object is not in a state that allows this."""
     return _error(Status.FAILED_PRECONDITION, message)
+
+
+def exhausted(message: str) -> Exception:
+    """The client raises ResourceExhaustedError, or waits for room where it was told to."""
+    return _error(Status.RESOURCE_EXHAUSTED, message)
+
+
+def too_large(limit: str) -> Exception:
+    """The client raises RequestSizeError: it looks for the words of the cloud's proxy."""
+    return _error(Status.UNKNOWN, f"Received :status = '413': {limit}")
 
 
 def unimplemented(message: str) -> Exception:

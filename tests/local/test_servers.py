@@ -357,6 +357,6 @@ def test_a_server_s_own_code_may_use_volumes_and_is_refused_the_rest_by_name(pla
         "commit": None,
         "reload": None,
         "upload": True,
-        "dict": "UnimplementedError: DictGetOrCreate is not implemented by the local control plane",
+        "dict": True,
     }
     plane.modal("app", "stop", "sdk", "--yes")
