@@ -38,7 +38,7 @@ class Verb:
 
 VERBS = (
     Verb("serve", "gpuctl.cli.serve", "serve", "Deploy a model on a GPU, and wait until it answers."),
-    Verb("fit", "gpuctl.cli.fit", "fit", "Tell which GPUs a model fits on, and what they cost."),
+    Verb("fit", "gpuctl.cli.fit", "fit", "Tell on which GPUs a model fits, and which to take."),
     Verb("ps", "gpuctl.cli.ps", "ps", "List what is deployed."),
     Verb("logs", "gpuctl.cli.logs", "logs", "Show or follow the logs of a deployment."),
     Verb("stop", "gpuctl.cli.stop", "stop", "Stop a deployment."),

@@ -5,7 +5,6 @@ Numbers are read as texts, so that one error can name every problem of a command
 
 from __future__ import annotations
 
-import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,9 +92,10 @@ def fit(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tell on which GPUs a model fits, what it would cost there, and which to take.
+    """Tell on which GPUs a model fits, and which to take.
 
-    Exit code 0 whatever the answer is: it is in `verdict` of --json.
+    Where its memory goes, what it holds and what it costs; and where it fits nowhere, what to change. Exit
+    code 0 whatever the answer is: it is in `verdict` of --json.
     """
     from gpuctl.cli.console import Console
     from gpuctl.fitting import assess_spec
@@ -228,6 +228,8 @@ def _conclusion(spec: FitSpec, assessment: Assessment) -> str:
 
 def _command(spec: FitSpec, change: Change) -> str:
     """The question again, with the change: a line for a shell."""
+    import shlex
+
     return "gpuctl " + shlex.join(_argv(spec, change))
 
 

@@ -5,7 +5,6 @@ May import: the standard library; the values of `gpuctl.fit` and `gpuctl.fitting
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -149,6 +148,8 @@ def _wrapped(text: str, width: int | None, indent: str) -> Iterator[str]:
     if width is None:
         yield indent + text
         return
+    import textwrap
+
     yield from textwrap.wrap(
         text,
         max(width, 20),
