@@ -25,6 +25,7 @@ from gpuctl.reach import (
     NO_CREDENTIALS,
     check_credentials,
     environment_name,
+    lost,
     modal_command,
     no_environment,
     own,
@@ -225,6 +226,8 @@ def _deploy(plan: Plan, file: Path, env: ModalEnv, runner: Runner, console: Cons
     if code != 0:
         if console.quiet and not shows.error:
             console.error_block("modal deploy printed:", shows.lines[-40:])
+        if gone := lost(spec.target):
+            raise GpuctlError(f"{'; '.join(gone.problems)} while {spec.name} was deployed", hint=gone.hint)
         raise deploy_error("\n".join(shows.error), code, spec.target, spec.environment)
     return shows.lines
 
@@ -402,7 +405,7 @@ def _wait(
     runner: Runner,
     console: Console,
 ) -> tuple[str, dict[str, float]]:
-    from gpuctl.wait import Endpoint, wait_until_answers
+    from gpuctl.wait import Endpoint, StoppedError, wait_until_answers
 
     stands = f"it stays deployed; to see more: {use.logs_command}; to stop it: {use.stop_command}"
     try:
@@ -414,9 +417,12 @@ def _wait(
             startup_timeout=use.startup_timeout,
             began=began,
             expect_new_container=expect_new_container,
+            lost=lambda: lost(use.target),
             runner=runner,
             console=console,
         )
+    except StoppedError:
+        raise
     except GpuctlError:
         console.warn(stands)
         raise

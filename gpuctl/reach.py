@@ -51,6 +51,23 @@ def plane_is_down() -> bool:
     return client.running(folder) is None and not client.was_killed(folder)
 
 
+def lost(target: Target) -> GpuctlError | None:
+    """What to say where a target that was reached is there no longer; of Modal's cloud its client tells that."""
+    if target is Target.MODAL:
+        return None
+    from gpuctl.local import client
+
+    folder = state_dir() / "local"
+    if client.running(folder) is not None:
+        return None
+    how = "was killed" if client.was_killed(folder) else "was stopped"
+    return GpuctlError(
+        f"the local control plane {how}",
+        hint=f"`{own('gpuctl')} local up` brings it back, and what is deployed there; "
+        f"its log: {own('gpuctl')} local logs",
+    )
+
+
 def environment_name(target: Target, wanted: str | None) -> str:
     """The Modal Environment that a command works in, as the client would choose it. It names folders of ours too."""
     flag = "--env"

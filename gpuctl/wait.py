@@ -2,7 +2,8 @@
 
 Two things are watched at once, each in a thread that reports to the loop in `wait_until_answers`: the app's log
 (`modal app logs -f`), which tells the stages and a crash; and the endpoint itself, which is asked through its
-public URL until it answers. An answer ends the wait well, a crash ends it at once, and so does the deadline.
+public URL until it answers. An answer ends the wait well; a crash ends it at once, and so do the app's or the
+local control plane's own end, and the deadline.
 May import: `gpuctl.errors`, `gpuctl.modal_cli`, `gpuctl.target`, `gpuctl.tokens`.
 """
 
@@ -24,6 +25,8 @@ from gpuctl.modal_cli import app_logs_argv, shown
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gpuctl.cli.console import Console
     from gpuctl.modal_cli import Follower, ModalEnv, Runner
     from gpuctl.tokens import ProxyToken
@@ -45,6 +48,8 @@ REFUSED_ALLOWANCE = {Target.MODAL: 20.0, Target.LOCAL: 2.0}
 NOT_FOUND_ALLOWANCE = 30.0
 # A changed deployment answered, but no new container was seen: the answer may be the old one's.
 OLD_CONTAINER_ALLOWANCE = 15.0
+# What is gone may be back at once: a control plane that was killed comes back with any command.
+LOST_ALLOWANCE = 1.0
 # After a crash was seen, the rest of its last words.
 LAST_WORDS = 0.4
 TAIL = 20
@@ -312,6 +317,10 @@ def ask(endpoint: Endpoint, *, chat: bool = True, timeout: float = 120.0) -> Ask
         return Asked(None, str(error), time.monotonic() - began)
 
 
+class StoppedError(GpuctlError):
+    """Somebody stopped the app while its answer was waited for: nothing stands any more."""
+
+
 class _Prober(threading.Thread):
     """Asks again and again, in its own thread, and reports each outcome."""
 
@@ -368,10 +377,13 @@ def wait_until_answers(
     startup_timeout: float,
     began: float | None,
     expect_new_container: bool,
+    lost: Callable[[], GpuctlError | None],
     runner: Runner,
     console: Console,
 ) -> Ready:
     """Return once a chat request completed; raise `GpuctlError` on a crash, a refusal or the deadline.
+
+    `lost` says whether the target itself is gone, as a control plane that was killed is.
 
     `began`: when this deployment began (seconds since the epoch), or None when nothing was deployed before it
     under this name; older log lines are an earlier deployment's. `expect_new_container`: the answer of a
@@ -387,7 +399,7 @@ def wait_until_answers(
     with console.spinner(DOING["container"]):
         try:
             follower = runner.follow(argv, env, reports.put)
-            restarts, restart_at = 0, 0.0
+            restarts, restart_at, well_ended = 0, 0.0, False
             prober.start()
             while True:
                 with contextlib.suppress(queue.Empty):
@@ -401,11 +413,17 @@ def wait_until_answers(
                         if ready is not None:
                             return ready
                 watch.tick()
+                watch.there(lost())
                 # `logs -f` ends when the connection does; it is started again, a few times.
-                if follower.returncode() is not None and restarts < 5 and reports.empty():
+                ended = follower.returncode()
+                if ended is not None and restarts < 5 and reports.empty():
                     if not restart_at:
                         restart_at = time.monotonic() + 1.0
                     elif time.monotonic() >= restart_at:
+                        # It ends well where the app did, and only there. Twice, to be sure.
+                        if ended == 0 and well_ended:
+                            watch.stopped()
+                        well_ended = ended == 0
                         restarts, restart_at = restarts + 1, 0.0
                         follower = runner.follow(argv, env, reports.put)
         finally:
@@ -431,6 +449,7 @@ class _Watch:
         self._seconds: dict[str, float] = {}
         self._since: dict[str, float] = {}  # when a refusal of each kind was first met
         self._crashed_at: float | None = None
+        self._lost_at: float | None = None
         self._begin_stage("container")
 
     def line(self, raw: str) -> None:
@@ -501,6 +520,22 @@ class _Watch:
         if now - self._shown_at >= 0.5:
             self._shown_at = now
             self._console.progress(f"{DOING[self._stage]} … {now - self._stage_began:.0f} s")
+
+    def there(self, lost: GpuctlError | None) -> None:
+        """Raise what `lost` says, when the target has been gone for a moment."""
+        if lost is None:
+            self._lost_at = None
+            return
+        now = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = now
+        if now - self._lost_at > LOST_ALLOWANCE:
+            self._show_tail()
+            raise GpuctlError(f"{'; '.join(lost.problems)} while {DOING[self._stage]}", hint=lost.hint)
+
+    def stopped(self) -> None:
+        self._show_tail()
+        raise StoppedError(f"the app was stopped while {DOING[self._stage]}")
 
     def _begin_stage(self, stage: str) -> None:
         self._stage = stage

@@ -12,7 +12,9 @@ import pytest
 
 from gpuctl.local import client
 from gpuctl.paths import state_dir
+from gpuctl.reach import lost
 from gpuctl.records import DeploymentRecord, Records
+from gpuctl.target import Target
 
 from .planes import TestPlane
 
@@ -53,6 +55,15 @@ def test_a_plane_that_was_killed_is_brought_back_by_any_verb(
     assert (done.returncode, plane.now.url) == (0, url), done.stderr
     if words == ("ps",):
         assert "deployed" in done.stdout
+
+
+def test_a_plane_that_is_gone_is_told_apart(plane: TestPlane) -> None:
+    assert lost(Target.LOCAL) is None
+    plane.kill()
+    assert "was killed" in str(lost(Target.LOCAL))
+    plane.down()
+    assert "was stopped" in str(lost(Target.LOCAL))
+    assert lost(Target.MODAL) is None
 
 
 @pytest.mark.parametrize("words", [("logs", "tiny"), ("token",), ("stop", "tiny")])

@@ -31,6 +31,7 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modal = ModalEnv.modal({"MODAL_TOKEN_ID": "ak-mine"})
     monkeypatch.setenv("MODAL_TOKEN_ID", "ak-mine")
     monkeypatch.setattr("gpuctl.deploy.reach", lambda target, **_: plane if target is Target.LOCAL else modal)
+    monkeypatch.setattr("gpuctl.deploy.lost", lambda _target: None)
 
 
 def a_plan(*, target: Target = Target.LOCAL, **options: object) -> Plan:
@@ -188,6 +189,15 @@ def test_a_failed_deploy_is_told_once_and_leaves_no_record() -> None:
     assert failed.value.exit_code == 2
     assert Records(state_dir()).all() == []
     assert not list(state_dir().rglob("endpoint.py"))
+
+
+def test_a_plane_that_is_killed_during_the_deploy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = GpuctlError("the local control plane was killed", hint="gpuctl local up")
+    monkeypatch.setattr("gpuctl.deploy.lost", lambda _target: gone)
+    runner = FakeRunner({"deploy": Completed(1, "", "Error: Could not connect to the Modal server.")})
+    with pytest.raises(GpuctlError, match="plane was killed while tiny was deployed") as failed:
+        execute(a_plan(), runner=runner, console=talk()[0], wait=False)
+    assert (failed.value.exit_code, failed.value.hint) == (1, "gpuctl local up")
 
 
 def test_ctrl_c_in_the_wait_leaves_it_deployed(monkeypatch: pytest.MonkeyPatch) -> None:

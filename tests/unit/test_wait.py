@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,17 @@ from gpuctl.errors import GpuctlError
 from gpuctl.modal_cli import ModalEnv
 from gpuctl.target import Target
 from gpuctl.tokens import ProxyToken
-from gpuctl.wait import Asked, Endpoint, Log, LogLine, Ready, ask, hint_for, wait_until_answers
+from gpuctl.wait import (
+    Asked,
+    Endpoint,
+    Log,
+    LogLine,
+    Ready,
+    StoppedError,
+    ask,
+    hint_for,
+    wait_until_answers,
+)
 
 TOKEN = ProxyToken("wk-a", "ws-SECRET")
 UNAVAILABLE = (503, "no container")
@@ -36,6 +47,7 @@ def waiting(
     began: float | None = None,
     expect_new: bool = False,
     startup_timeout: float = 60,
+    lost: Callable[[], GpuctlError | None] = lambda: None,
 ) -> Ready:
     return wait_until_answers(
         Endpoint(f"{url}/v1", "tiny", TOKEN, target),
@@ -45,6 +57,7 @@ def waiting(
         startup_timeout=startup_timeout,
         began=began,
         expect_new_container=expect_new,
+        lost=lost,
         runner=runner,
         console=Console(stderr=stderr or io.StringIO()),
     )
@@ -195,6 +208,40 @@ def test_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
         waiting(served.url, FakeRunner(followed=STARTS[:1]), startup_timeout=0.5)
     assert "loading the weights" in str(late.value)
     assert "--startup-timeout" in str(late.value.hint)
+
+
+def test_a_control_plane_that_is_gone_ends_the_wait() -> None:
+    gone = GpuctlError("the local control plane was killed", hint="gpuctl local up")
+    stderr = io.StringIO()
+    started = time.monotonic()
+    with pytest.raises(GpuctlError, match="was killed while starting vLLM") as ended:
+        waiting("http://127.0.0.1:9", FakeRunner(followed=STARTS[:1]), stderr=stderr, lost=lambda: gone)
+    assert time.monotonic() - started < 3
+    assert (ended.value.exit_code, ended.value.hint) == (1, "gpuctl local up")
+    assert STARTS[0] in stderr.getvalue()
+
+
+def test_one_that_is_back_at_once_does_not() -> None:
+    gone = iter([GpuctlError("the local control plane was killed")] * 3)
+    with endpoint(UNAVAILABLE, UNAVAILABLE, UNAVAILABLE, chat_answer("hi")) as served:
+        assert waiting(served.url, FakeRunner(followed=STARTS), lost=lambda: next(gone, None)).text == "hi"
+
+
+def test_an_app_that_somebody_stops_ends_the_wait() -> None:
+    class Ends(FakeRunner):
+        """`logs -f` ends by itself, and well, where the app did."""
+
+        def follow(self, argv, env, on_line):  # type: ignore[no-untyped-def]
+            follower = super().follow(argv, env, on_line)
+            follower.code = 0
+            return follower
+
+    runner = Ends(followed=STARTS[:1])
+    started = time.monotonic()
+    with endpoint(UNAVAILABLE) as served, pytest.raises(StoppedError, match="the app was stopped while"):
+        waiting(served.url, runner)
+    assert time.monotonic() - started < 5
+    assert len(runner.followers) == 2  # once more, to be sure
 
 
 def test_nobody_listens_yet() -> None:
