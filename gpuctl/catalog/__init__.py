@@ -1,17 +1,17 @@
 """Facts with sources: GPUs, models, engines. May import: gpuctl.errors and the standard library.
 
-Each table is a TOML file beside this module, read on first use. Whatever has no source is left out of the
-tables (None here), never guessed.
+Each table is a TOML file beside this module, read on first use (`tables.py` says how). Whatever has no source is left
+out of the tables (None here), never guessed.
 """
 
 from __future__ import annotations
 
 import functools
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from gpuctl.catalog.tables import table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,17 +20,53 @@ _BYTES_PER_PARAMETER = 2  # bfloat16, in which the models without a stated file 
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a fact was read, and the day (ISO 8601) on which that source said so, or was read if it has no date."""
+
+    where: str
+    as_of: str
+
+
+@dataclass(frozen=True)
 class Gpu:
-    """One type of card: memory in GiB, most cards per container, list price in USD per second and card."""
+    """One type of card, by Modal's name for it. Memory in GiB: `vram_gib` is the label, `visible_gib` what CUDA shows.
+
+    `bandwidth_gb_s` in 1e9 bytes a second; `tflops`, dense, by "bf16", "fp8" and "fp4", in 1e12 a second, without the
+    formats that the card does not have ("fp16" where there is no "bf16"); `usd_per_second`, list price of one card.
+    `sources`: where the figures are from, by the field's name.
+    """
 
     name: str
+    card: str
     vram_gib: int
+    visible_gib: float | None
+    bandwidth_gb_s: float | None
+    tflops: Mapping[str, float]
+    compute_capability: tuple[int, int] | None
     max_count: int
     usd_per_second: float
     price_as_of: str
     price_source: str
     exact: bool
+    best_for: str
     note: str | None
+    sources: Mapping[str, Source]
+
+    @property
+    def max_vram_gib(self) -> int:
+        """Memory of as many cards as one container can have."""
+        return self.vram_gib * self.max_count
+
+
+@dataclass(frozen=True)
+class CloudPrice:
+    """What another cloud publishes: USD for an hour of one card."""
+
+    cloud: str
+    gpu: str
+    usd_per_hour: float
+    note: str | None
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -86,20 +122,21 @@ def gib_of_parameters(billions: float) -> float:
 @functools.cache
 def gpus() -> Mapping[str, Gpu]:
     """All cards by name, in the order of the table: from small to large."""
-    return MappingProxyType(
-        {
-            row["name"]: Gpu(
-                name=row["name"],
-                vram_gib=row["vram_gib"],
-                max_count=row["max_count"],
-                usd_per_second=row["usd_per_second"],
-                price_as_of=row["price_as_of"].isoformat(),
-                price_source=row["price_source"],
-                exact=row.get("exact", False),
-                note=row.get("note"),
-            )
-            for row in _table("gpus.toml")["gpu"]
-        }
+    return MappingProxyType({row["name"]: _gpu(row) for row in table("gpus")["gpu"]})
+
+
+@functools.cache
+def cloud_prices() -> tuple[CloudPrice, ...]:
+    """What other clouds publish, in the order of the table."""
+    return tuple(
+        CloudPrice(
+            cloud=row["cloud"],
+            gpu=row["gpu"],
+            usd_per_hour=row["usd_per_hour"],
+            note=row.get("note"),
+            source=Source(row["source"], row["as_of"]),
+        )
+        for row in table("clouds")["price"]
     )
 
 
@@ -118,7 +155,7 @@ def models() -> Mapping[str, Model]:
                 source=row["source"],
                 note=row.get("note"),
             )
-            for row in _table("models.toml")["model"]
+            for row in table("models")["model"]
         }
     )
 
@@ -126,12 +163,45 @@ def models() -> Mapping[str, Model]:
 @functools.cache
 def vllm() -> Engine:
     """The engine."""
-    row = _table("engines.toml")["vllm"]
+    row = table("engines")["vllm"]
     return Engine(
         version=row["version"],
         cuda=_build(row["cuda"]),
         cpu=_build(row["cpu"]),
     )
+
+
+def _gpu(row: Mapping[str, Any]) -> Gpu:
+    capability = row.get("compute_capability")
+    sources = row["sources"]
+    return Gpu(
+        name=row["name"],
+        card=row["card"],
+        vram_gib=row["vram_gib"],
+        visible_gib=row.get("visible_gib"),
+        bandwidth_gb_s=row.get("bandwidth_gb_s"),
+        tflops=MappingProxyType(row["tflops"]),
+        compute_capability=None if capability is None else _capability(capability),
+        max_count=row["max_count"],
+        usd_per_second=row["usd_per_second"],
+        price_as_of=row["price_as_of"],
+        price_source=row["price_source"],
+        exact=row.get("exact", False),
+        best_for=row["best_for"],
+        note=row.get("note"),
+        sources=MappingProxyType(
+            {
+                key: Source(where, sources[f"{key}_as_of"])
+                for key, where in sources.items()
+                if f"{key}_as_of" in sources
+            }
+        ),
+    )
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
 
 
 def _build(row: Mapping[str, Any]) -> Build:
@@ -146,7 +216,3 @@ def _build(row: Mapping[str, Any]) -> Build:
         args=tuple(row["args"]),
         env=MappingProxyType(dict(row["env"])),
     )
-
-
-def _table(name: str) -> dict[str, Any]:
-    return tomllib.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))

@@ -39,6 +39,7 @@ class Verb:
 VERBS = (
     Verb("serve", "gpuctl.cli.serve", "serve", "Deploy a model on a GPU, and wait until it answers."),
     Verb("fit", "gpuctl.cli.fit", "fit", "Tell on which GPUs a model fits, and which to take."),
+    Verb("gpus", "gpuctl.cli.gpus", "gpus", "List the GPUs, with what they can do and what they cost."),
     Verb("ps", "gpuctl.cli.ps", "ps", "List what is deployed."),
     Verb("logs", "gpuctl.cli.logs", "logs", "Show or follow the logs of a deployment."),
     Verb("stop", "gpuctl.cli.stop", "stop", "Stop a deployment."),
@@ -91,7 +92,7 @@ class VerbGroup(TyperGroup):
     def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, Command | None, list[str]]:
         name = args[0]
         if self.get_command(ctx, name) is None and not ctx.resilient_parsing and not name.startswith("-"):
-            near = get_close_matches(name, self.list_commands(ctx), n=2, cutoff=0.5)
+            near = get_close_matches(name, self.list_commands(ctx), n=2, cutoff=0.6)
             known = ", ".join(self.list_commands(ctx))
             ctx.fail(
                 f"no such command '{name}'; did you mean {' or '.join(near)}?"

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+import pytest
 
 from gpuctl import catalog
+from gpuctl.catalog import tables
+
+
+@pytest.mark.parametrize("name", tables.NAMES)
+def test_what_is_read_is_what_is_written(name: str) -> None:
+    path = Path(tables.__file__).parent / "compiled" / f"{name}.json"
+    assert path.read_text(encoding="utf-8") == tables.compiled(name), "run: python -m gpuctl.catalog"
 
 
 def test_gpus() -> None:
@@ -20,6 +30,40 @@ def test_gpus() -> None:
         assert re.fullmatch(r"2026-\d\d-\d\d", gpu.price_as_of)
         # Published per second; the hourly figures of Modal's page lie between a half and seven dollars.
         assert 0.5 < gpu.usd_per_second * 3600 < 7
+
+
+def test_what_the_gpus_can_do() -> None:
+    gpus = catalog.gpus()
+    for gpu in gpus.values():
+        # CUDA shows less than the label, which is in units of 1e9 bytes for some cards and of 2**30 for others.
+        assert gpu.visible_gib is not None
+        assert 0.9 * gpu.vram_gib < gpu.visible_gib < gpu.vram_gib
+        assert set(gpu.tflops) <= {"bf16", "fp16", "fp8", "fp4"}
+        # Tensor cores double their throughput with each halving of the format, when nothing sparse is counted.
+        sixteen = gpu.tflops.get("bf16") or gpu.tflops["fp16"]
+        for form, times in (("fp8", 2), ("fp4", 4)):
+            if form in gpu.tflops:
+                assert gpu.tflops[form] == pytest.approx(times * sixteen, rel=0.02)
+        # fp8 came with Ada (8.9), fp4 with Blackwell (10.0), bf16 with Ampere (8.0).
+        assert gpu.compute_capability is not None
+        assert ("bf16" in gpu.tflops) == (gpu.compute_capability >= (8, 0))
+        assert ("fp8" in gpu.tflops) == (gpu.compute_capability >= (8, 9))
+        assert ("fp4" in gpu.tflops) == (gpu.compute_capability >= (10, 0))
+        assert set(gpu.sources) == {"visible_gib", "bandwidth_gb_s", "tflops", "compute_capability"}
+        assert all(re.fullmatch(r"202\d-\d\d-\d\d", source.as_of) for source in gpu.sources.values())
+        assert gpu.best_for
+    assert gpus["H100"].bandwidth_gb_s == 3350
+    assert gpus["B200+"].visible_gib == gpus["B200"].visible_gib
+    assert gpus["A10"].max_vram_gib == 96
+
+
+def test_other_clouds() -> None:
+    prices = catalog.cloud_prices()
+    assert len({(price.cloud, price.gpu) for price in prices}) == len(prices)
+    for price in prices:
+        assert price.gpu in catalog.gpus()
+        assert 0.1 < price.usd_per_hour < 20
+        assert price.source.where.startswith("https://")
 
 
 def test_models() -> None:

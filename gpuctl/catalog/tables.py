@@ -1,0 +1,56 @@
+"""The tables as they are read: JSON that is made from the TOML files. May import: the standard library.
+
+TOML is what people write, with comments and dates. Python reads JSON thirty times as fast, and every dry run and
+every completion reads a table; so `python -m gpuctl.catalog` writes `compiled/NAME.json` from `NAME.toml`, and a test
+holds the two together. Dates are ISO 8601 texts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+NAMES = ("clouds", "engines", "gpus", "models")
+
+
+def table(name: str) -> dict[str, Any]:
+    """`NAME.toml`, from what was made of it."""
+    found: dict[str, Any] = json.loads((_HERE / "compiled" / f"{name}.json").read_bytes())
+    return found
+
+
+def compiled(name: str) -> str:
+    """What `compiled/NAME.json` has to hold: one row to a line, so that a difference can be read."""
+    import tomllib
+
+    content = tomllib.loads((_HERE / f"{name}.toml").read_text(encoding="utf-8"))
+    return "{\n" + ",\n".join(f"{_json(key)}:{_rows(content[key])}" for key in content) + "\n}\n"
+
+
+def compile_all() -> list[Path]:
+    """Write them; those that were not as they should be."""
+    changed = []
+    for name in NAMES:
+        path, text = _HERE / "compiled" / f"{name}.json", compiled(name)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
+def _rows(value: object) -> str:
+    if not isinstance(value, list):
+        return _json(value)
+    return "[\n" + ",\n".join(map(_json, value)) + "\n]"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_date)
+
+
+def _date(value: Any) -> str:
+    text: str = value.isoformat()
+    return text
