@@ -370,6 +370,7 @@ def _record(
         stopped_at=None,
         gpuctl_version=__version__,
         modal_version=modal_version,
+        usd_per_hour=float(round(plan.cost.dearest.usd, 6)) if plan.cost else None,
     )
 
 

@@ -97,6 +97,23 @@ def billing_rates_argv() -> list[str]:
     return [*MODAL, "billing", "rates", "--json"]
 
 
+def billing_report_argv(start: str, *, end: str | None = None, resolution: str) -> list[str]:
+    """`start` and `end` in ISO 8601, UTC; `resolution`: `d` or `h`. Only full days or hours are told."""
+    argv = [*MODAL, "billing", "report", "--start", start]
+    if end is not None:
+        argv += ["--end", end]
+    # "*": all tags of each object (the API's own word for it, modal/_workspace.py).
+    return [*argv, "--resolution", resolution, "--tag-names", "*", "--json"]
+
+
+def billing_summary_argv() -> list[str]:
+    return [*MODAL, "billing", "summary", "--json"]
+
+
+def container_list_argv(*, environment: str | None = None) -> list[str]:
+    return [*MODAL, "container", "list", "--json", *_environment(environment)]
+
+
 def _environment(environment: str | None) -> list[str]:
     return ["--env", environment] if environment else []
 

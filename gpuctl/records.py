@@ -78,6 +78,9 @@ class DeploymentRecord:
     gpuctl_version: str
     modal_version: str
     schema: int = SCHEMA
+    usd_per_hour: float | None = (
+        None  # of one container, as was said; None: not charged, or an older gpuctl's
+    )
 
     def document(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -43,6 +43,7 @@ VERBS = (
     Verb("ps", "gpuctl.cli.ps", "ps", "List what is deployed."),
     Verb("logs", "gpuctl.cli.logs", "logs", "Show or follow the logs of a deployment."),
     Verb("stop", "gpuctl.cli.stop", "stop", "Stop a deployment."),
+    Verb("cost", "gpuctl.cli.cost", "cost", "Show what was spent, by App or by tag."),
     Verb("token", "gpuctl.cli.token", "token", "Print the token that an endpoint wants."),
     Verb("local", "gpuctl.cli.local", "app", "The control plane of this machine: up, down, status, logs."),
 )

@@ -31,6 +31,9 @@ ROUTING_REGIONS = ("us-east", "us-west", "eu-west", "ap-south")
 CLOUDS = ("aws", "gcp", "oci", "auto")
 STRATEGIES = ("rolling", "recreate")
 
+# On every App, so that Modal's bill can tell what gpuctl deployed, from any machine: `gpuctl cost --tag managed-by`.
+OWN_TAG = ("managed-by", "gpuctl")
+
 HUGGINGFACE_CACHE = "/root/.cache/huggingface"
 VLLM_CACHE = "/root/.cache/vllm"
 CACHES = (("huggingface-cache", HUGGINGFACE_CACHE), ("vllm-cache", VLLM_CACHE))
@@ -195,6 +198,8 @@ class ServeSpec:
         variables = read.env_vars(env_var, set_by_file=build.env, from_env=from_env)
         mounts = read.volumes(volume)
         app_tags = read.tags(tag)
+        if OWN_TAG[0] not in dict(app_tags):
+            app_tags = (OWN_TAG, *app_tags)
         rollout = read.one_of("--strategy", strategy, STRATEGIES)
         version = read.version("--vllm-version", vllm_version)
         python_packages = read.many("--pip", pip, _python_package)

@@ -79,7 +79,7 @@ def test_no_arguments_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["lgos"], "no such command 'lgos'; did you mean logs?"),
+        (["lgos"], "no such command 'lgos'; did you mean logs"),
         (["frobnicate"], "there are: serve, fit, gpus, ps"),
         (["--frob"], "gpuctl: no such option: --frob"),
         (["ps", "--lcal"], "gpuctl ps: no such option: --lcal; did you mean --local"),
@@ -436,3 +436,58 @@ def test_names_complete_from_the_records() -> None:
     assert complete("gpuctl serve tiny --strategy r") == list(limits.STRATEGIES)
     assert set(complete("gpuctl serve tiny --cloud ")) == set(limits.CLOUDS)
     assert set(complete("gpuctl serve tiny --routing-region ")) == set(limits.ROUTING_REGIONS)
+
+
+ROW = {
+    "object_id": "ap-1",
+    "description": "llama3",
+    "environment": "main",
+    "interval_start": "2026-11-01T00:00:00",
+    "cost": "12.5",
+    "tags": '{"team": "nlp"}',
+}
+SUMMARY = {"billed_cost": "0E-8", "metered_cost": "12.5", "adjustments": {"credits": "-12.5"}}
+
+
+def test_cost_shows_a_table_or_one_document(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-mine")
+    answers = {
+        "billing report": Completed(0, json.dumps([ROW]), ""),
+        "billing summary": Completed(0, json.dumps(SUMMARY), ""),
+    }
+    command = ("cost", "--since", "2h")
+    code, out, err = gpuctl(capsys, *command, runner=FakeRunner(answers))
+    assert (code, out) == (
+        0,
+        "NAME    ENVIRONMENT  BILLED  ESTIMATED  TOTAL\nllama3  main         $12.50  -          $12.50\n",
+    )
+    assert "note: billed: Modal's own figures" in err
+    assert "$17.50 on Starter" in err
+    code, out, err = gpuctl(capsys, *command, "--quiet", runner=FakeRunner(answers))
+    assert (code, err) == (0, "")
+    code, out, err = gpuctl(capsys, *command, "--json", "--tag", "team", runner=FakeRunner(answers))
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert (document["usd"], document["lines"][0]["name"]) == (12.5, "nlp")
+
+
+def test_cost_of_a_wrong_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = gpuctl(capsys, "cost")
+    assert (code, out) == (2, "")
+    assert "no credentials for Modal: run `modal setup`" in err
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-mine")
+    for words in (("--since", "soon"), ("--tag", "=x")):
+        code, out, err = gpuctl(capsys, "cost", *words)
+        assert (code, out) == (2, "")
+        assert f"error: {words[0]}: {words[1]!r} " in err
+        assert err.count("\n") == 1
+
+
+def test_cost_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = gpuctl(capsys, "cost", "--local")
+    assert code == 0
+    assert "total" in out
+    assert "nothing is charged on this machine" in err
+    assert json.loads(gpuctl(capsys, "cost", "--local", "--json")[1])["usd"] == 0

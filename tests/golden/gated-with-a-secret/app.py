@@ -43,7 +43,12 @@ STARTUP_TIMEOUT = 900  # seconds from the container's start to the first answer
 EXIT_GRACE_PERIOD = 30  # seconds for requests that are being answered at shutdown
 STOP_TIMEOUT = 10  # seconds for the engine to end by itself after that
 
-app = modal.App(APP_NAME)
+app = modal.App(
+    APP_NAME,
+    tags={
+        "managed-by": "gpuctl",
+    },
+)
 
 image = (
     modal.Image.from_registry(

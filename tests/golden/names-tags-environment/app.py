@@ -46,6 +46,7 @@ STOP_TIMEOUT = 10  # seconds for the engine to end by itself after that
 app = modal.App(
     APP_NAME,
     tags={
+        "managed-by": "gpuctl",
         "team": "nlp",
         "stage": "prod",
     },

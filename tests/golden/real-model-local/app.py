@@ -46,7 +46,12 @@ STARTUP_TIMEOUT = 660  # seconds from the container's start to the first answer
 EXIT_GRACE_PERIOD = 30  # seconds for requests that are being answered at shutdown
 STOP_TIMEOUT = 10  # seconds for the engine to end by itself after that
 
-app = modal.App(APP_NAME)
+app = modal.App(
+    APP_NAME,
+    tags={
+        "managed-by": "gpuctl",
+    },
+)
 
 # The build of vLLM for CPUs. The other packages that come with it are for another torch.
 image = (
