@@ -6,6 +6,7 @@ nothing of gpuctl's: it runs under whatever interpreter the plane has and must s
 It talks to the plane over one inherited socket, in lines:
     from the plane   `term`                SIGTERM to the program, so that its exit hooks run
                      `listen PORT PATH`    accept on the unix socket PATH for 127.0.0.1:PORT in here
+                     `exec N`              start one more program; N descriptors come with it, see `Execution`
     to the plane     `started PID`, `exit CODE` (negative: killed by that signal), `error TEXT`
 When the socket closes, the plane is gone (or wants an end): this process exits, and with process 1 the kernel ends
 every process of the container. Nothing can be orphaned.
@@ -24,6 +25,7 @@ import signal
 import socket
 import struct
 import sys
+import termios
 
 TYPE_CHECKING = False  # as typing's, which takes longer to import than a container takes to start
 if TYPE_CHECKING:
@@ -262,12 +264,17 @@ def connect_unix(path: str) -> Callable[[], socket.socket]:
     return connect
 
 
-def start_program(plan: dict[str, Any]) -> int:
+def start_program(plan: dict[str, Any], streams: Sequence[int] = (), *, terminal: bool = False) -> int:
+    """Fork and execute; `streams` become its standard ones, of which a terminal becomes its controlling one."""
     pid = os.fork()
     if pid:
         return pid
     try:
         os.setsid()
+        for number, descriptor in enumerate(streams):
+            os.dup2(descriptor, number)
+        if terminal:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
@@ -278,6 +285,47 @@ def start_program(plan: dict[str, Any]) -> int:
         os.write(2, f"container: cannot start {plan['argv'][0]}: {error}\n".encode())
     finally:
         os._exit(127)
+
+
+class Execution:
+    """A program that is started beside the first: `modal container exec`.
+
+    Its descriptors are a channel, a file with its plan, and its three standard streams, or none for a terminal: that
+    is made in here, where it has a name, and its other end is sent back. The channel carries `started` or `error TEXT`
+    and `exit CODE` to the plane, and `kill` from it.
+    """
+
+    def __init__(self, descriptors: list[int], on_word: Callable[[Execution], None]) -> None:
+        channel, plan_file, *streams = descriptors
+        self.channel = socket.socket(fileno=channel)
+        with os.fdopen(plan_file) as file:
+            file.seek(0)
+            plan = json.load(file)
+        self.on_word = on_word
+        ours: list[int] = []
+        if plan["terminal"]:
+            master, slave = os.openpty()
+            size = struct.pack("HHHH", *plan["terminal"], 0, 0)
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
+            streams, ours = [slave] * 3, [master]
+        self.pid = start_program(plan, streams, terminal=bool(ours))
+        for descriptor in set(streams):
+            os.close(descriptor)
+        socket.send_fds(self.channel, [b"started\n"], ours)
+        for descriptor in ours:
+            os.close(descriptor)
+
+    def ready(self, _events: int) -> None:
+        """`kill`, or the plane has forgotten it, which leaves it running."""
+        self.on_word(self)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def ended(self, code: int) -> None:
+        with contextlib.suppress(OSError):
+            self.channel.sendall(f"exit {code}\n".encode())
 
 
 def main() -> None:
@@ -321,13 +369,16 @@ def main() -> None:
         os.dup2(os.open("/dev/null", os.O_RDWR), fd)
     tell(f"started {program}")
     pending = b""
+    descriptors: list[int] = []
+    executions: dict[int, Execution] = {}
 
     def from_plane(_events: int) -> None:
         nonlocal pending
         try:
-            data = control.recv(65536)
+            data, received, _, _ = socket.recv_fds(control, 65536, 16, socket.MSG_CMSG_CLOEXEC)
         except OSError:
-            data = b""
+            data, received = b"", []
+        descriptors.extend(received)
         if not data:
             os._exit(1)
         *lines, pending = (pending + data).split(b"\n")
@@ -341,6 +392,33 @@ def main() -> None:
                 listener.bind(rest[1])
                 listener.listen(128)
                 relay.accept_on(listener, connect_tcp(int(rest[0])))
+            elif command == "exec":
+                mine = descriptors[: int(rest[0])]
+                del descriptors[: int(rest[0])]
+                start_execution(mine)
+
+    def start_execution(mine: list[int]) -> None:
+        try:
+            execution = Execution(mine, word)
+        except (OSError, ValueError, KeyError) as error:
+            with contextlib.suppress(OSError):
+                socket.socket(fileno=os.dup(mine[0])).sendall(f"error {error}\n".encode())
+            for descriptor in mine:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            return
+        executions[execution.pid] = execution
+        selector.register(execution.channel, selectors.EVENT_READ, execution.ready)
+
+    def word(execution: Execution) -> None:
+        try:
+            data = execution.channel.recv(4096)
+        except OSError:
+            data = b""
+        if data:
+            execution.kill()
+        else:
+            selector.unregister(execution.channel)
 
     def reap(_events: int) -> None:
         os.read(wake_read, 4096)
@@ -351,6 +429,11 @@ def main() -> None:
                 return
             if pid == 0:
                 return
+            if execution := executions.pop(pid, None):
+                execution.ended(os.waitstatus_to_exitcode(status))
+                if execution.channel in selector.get_map():
+                    selector.unregister(execution.channel)
+                execution.channel.close()
             if pid == program:
                 tell(f"exit {os.waitstatus_to_exitcode(status)}")
                 os._exit(0)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,9 @@ from gpuctl.local.egress import EgressProxy
 from gpuctl.local.images import CLIENT_PATH, IMAGE_PATH, BuiltImage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gpuctl.local.processes import Process
 
 _PLANE_SOCKET = "/run/modal/plane.sock"
 _ARGUMENTS = "/run/modal/arguments.bin"
@@ -77,8 +80,10 @@ class Container:
         process: asyncio.subprocess.Process,
         control: asyncio.StreamWriter,
         sockets: Path,
+        environment: Mapping[str, str],
     ) -> None:
         self.task_id = spec.task_id
+        self._environment = environment
         self._spec = spec
         self._process = process
         self._control = control
@@ -125,6 +130,34 @@ class Container:
     def kill(self) -> None:
         """End every process of the container now."""
         self._control.close()
+
+    async def execute(
+        self,
+        process: Process,
+        *,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        workdir: str,
+        terminal: tuple[int, int] | None,
+        merge_stderr: bool,
+    ) -> None:
+        """Start one more program in it, with its own environment and `env`. Raises OSError when that cannot be."""
+        await process.start(
+            self._pass_on,
+            argv=argv,
+            env={**self._environment, **env},
+            workdir=workdir or self._spec.workdir,
+            terminal=terminal,
+            merge_stderr=merge_stderr,
+        )
+
+    def _pass_on(self, descriptors: Sequence[int]) -> None:
+        end = self._control.get_extra_info("socket")
+        if self._exit.done() or end is None or end.fileno() < 0:
+            raise OSError("the container has ended")
+        # asyncio's own end of a socket cannot pass descriptors; the lines before this one are sent by now.
+        with socket.socket(fileno=os.dup(end.fileno())) as copy:
+            socket.send_fds(copy, [f"exec {len(descriptors)}\n".encode()], descriptors)
 
 
 def _in_container(path: Path, sockets: Path) -> str:
@@ -181,7 +214,7 @@ class ContainerRuntime:
         launched = await sandbox.launch(folder, filesystem, program)
         process, reader, writer = launched.process, launched.reader, launched.writer
         (folder / "pid").write_text(str(process.pid))
-        container = Container(spec, process, writer, sockets)
+        container = Container(spec, process, writer, sockets, program.env)
         output = [
             asyncio.create_task(self._pump(spec.task_id, fd, stream))
             for fd, stream in ((1, process.stdout), (2, process.stderr))

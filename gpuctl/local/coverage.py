@@ -9,11 +9,12 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "local.md"
 _BEGIN, _END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 
-def served() -> dict[str, str]:
-    """RPC → how it differs from the cloud's, "" for not at all; of those that have a handler."""
+def served(service: str = "ModalClient") -> dict[str, str]:
+    """RPC of a service → how it differs from the cloud's, "" for not at all; of those that have a handler."""
     from gpuctl.local import (
         apps,
         blobs,
+        command_router,
         dicts,
         environments,
         functions,
@@ -35,6 +36,7 @@ def served() -> dict[str, str]:
         functions.Functions,
         servers.Servers,
         tasks.Tasks,
+        command_router.RouterAccess,
         image_rpcs.Images,
         mounts.Mounts,
         blobs.Blobs,
@@ -45,6 +47,8 @@ def served() -> dict[str, str]:
         proxy_tokens.ProxyTokens,
         logs.Logs,
     )
+    if service == "TaskCommandRouter":
+        nouns = (command_router.CommandRouter,)
     return {name: differs for noun in nouns for name, (_, differs) in marked(noun).items()}
 
 
@@ -55,20 +59,20 @@ def table() -> str:
 
     from gpuctl.local.service import rpc_names
 
-    here = served()
-    client, router = rpc_names(ModalClientBase), rpc_names(TaskCommandRouterBase)
-    total = len(client) + len(router)
+    rows = [(name, name, served()) for name in rpc_names(ModalClientBase)]
+    router = served("TaskCommandRouter")
+    rows += [(f"TaskCommandRouter: {name}", name, router) for name in rpc_names(TaskCommandRouterBase)]
+    count = sum(name in here for _, name, here in rows)
     lines = [
-        f"Of the client's {total} RPCs, {len(here)} are served and {total - len(here)} are refused with UNIMPLEMENTED "
+        f"Of the client's {len(rows)} RPCs, {count} are served and {len(rows) - count} are refused with UNIMPLEMENTED "
         "and their name.",
         "",
         "| RPC | here |",
         "| --- | --- |",
     ]
-    for name in client:
+    for label, name, here in rows:
         verdict = "refused" if name not in here else f"served; {here[name]}" if here[name] else "served"
-        lines.append(f"| {name} | {verdict} |")
-    lines += [f"| TaskCommandRouter: {name} | refused |" for name in router]
+        lines.append(f"| {label} | {verdict} |")
     return "\n".join(lines)
 
 

@@ -173,6 +173,7 @@ class ControlPlane:
     def __init__(self, state_dir: Path, cache_dir: Path) -> None:
         from gpuctl.local.apps import Apps
         from gpuctl.local.blobs import Blobs
+        from gpuctl.local.command_router import CommandRouter, RouterAccess
         from gpuctl.local.dicts import Dicts
         from gpuctl.local.environments import Environments
         from gpuctl.local.functions import Functions
@@ -235,6 +236,10 @@ class ControlPlane:
             self._logs,
             self._items,
         )
+        run = state_dir / "run"
+        run.mkdir(exist_ok=True, mode=0o700)
+        self._router = CommandRouter(self._tasks, self._secrets, run, key)
+        self._router_access = RouterAccess(self._tasks, self._router, lambda: self.url)
         self._runtime: Any = None
         self._listeners: list[Any] = []
         self._watches: list[asyncio.Task[None]] = []
@@ -268,6 +273,7 @@ class ControlPlane:
             self._functions,
             self._servers,
             self._tasks,
+            self._router_access,
             self._images,
             self._mounts,
             self._blobs,
@@ -287,6 +293,7 @@ class ControlPlane:
 
         from gpuctl.local.containers import ContainerRuntime
         from gpuctl.local.service import build
+        from gpuctl.local.wire import collect
 
         listener = self._listener(port)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -305,7 +312,7 @@ class ControlPlane:
         endpoints = self.endpoints()
         services = [
             build(ModalClientBase, endpoints, self._authenticate),
-            build(TaskCommandRouterBase, {}, self._authenticate),
+            build(TaskCommandRouterBase, collect(self._router), self._router.authenticate),
         ]
         path = str(folder / "plane.sock")
         for place in ({"sock": listener}, {"path": path}):
@@ -371,6 +378,7 @@ class ControlPlane:
             server.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(server.wait_closed(), 2)
+        await self._router.close()
         await self._blobs.stop()
         if self._runtime is not None:
             await self._runtime.close()
