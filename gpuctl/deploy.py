@@ -124,7 +124,9 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
     with _source_file(plan, environment) as file:
         console.say(f"deploying {spec.name} from {file}")
         try:
-            output = _deploy(plan, file, env, runner, console)
+            planned = _record(plan, file, environment, "", "", modal_version)
+            with _announced(records, previous, planned):
+                output = _deploy(plan, file, env, runner, console)
             seconds = {"image": round(time.time() - began, 3)}
             app_id, url = _identity(plan, output, env, runner, console)
         except KeyboardInterrupt:
@@ -188,6 +190,27 @@ def _source_file(plan: Plan, environment: str) -> Iterator[Path]:
             file.unlink()
             with contextlib.suppress(OSError):  # the client may have left a __pycache__
                 folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _announced(
+    records: Records, previous: DeploymentRecord | None, planned: DeploymentRecord
+) -> Iterator[None]:
+    """A record of the name while it is deployed: when gpuctl is killed, its `modal deploy` may finish alone,
+    and what then runs must be found by `ps` and `stop`. A deploy that fails leaves what was there before.
+    """
+    if previous is not None and previous.running:
+        yield  # the name is known
+        return
+    records.save(planned)
+    try:
+        yield
+    except (GpuctlError, KeyboardInterrupt):
+        if previous is None:
+            records.remove(planned)
+        else:
+            records.save(previous)
         raise
 
 
@@ -345,7 +368,7 @@ def _record(
         app_id=app_id,
         server=SERVER,
         url=url,
-        base_url=f"{url}/v1",
+        base_url=f"{url}/v1" if url else "",
         auth=spec.auth,
         model=ModelRecord(
             alias=spec.model.alias,

@@ -60,7 +60,7 @@ class Row:
             ",".join(record.gpu) or ("cpu" if record.target is Target.LOCAL else "-"),
             self.state,
             str(self.containers),
-            record.url if self.state != STOPPED else "-",
+            (record.url if self.state != STOPPED else "") or "-",
             age(record.deployed_at),
         )
 

@@ -62,7 +62,9 @@ class DeploymentRecord:
     name: str
     target: Target
     environment: str
-    app_id: str
+    app_id: (
+        str  # empty, as the URLs are: a deploy began and was killed, so what stands must be found by the name
+    )
     server: str
     url: str
     base_url: str
@@ -98,6 +100,11 @@ class DeploymentRecord:
         values["limits"] = LimitsRecord(**values["limits"])
         values["source"] = SourceRecord(**values["source"])
         return cls(**values)
+
+    @property
+    def app(self) -> str:
+        """What Modal's client takes for the app: its id, or, where the deploy was killed, its name."""
+        return self.app_id or self.name
 
     @property
     def running(self) -> bool:

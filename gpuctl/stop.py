@@ -27,7 +27,7 @@ def stop_deployment(
         question = f"Stop '{name}' on Modal (environment '{record.environment}')? Its containers end at once."
         if not console.confirm(question, refused="--yes: needed to stop when there is no terminal to ask on"):
             raise GpuctlError("not stopped")
-    argv = app_stop_argv(record.app_id, environment=environment)
+    argv = app_stop_argv(record.app, environment=environment)
     console.detail(f"$ {shown(argv)}")
     done = runner.run(argv, env)
     if done.returncode != 0:

@@ -54,7 +54,7 @@ def logs(
     target = target_of(local)
     record = Records(state_dir()).find(name, target, environment_name(target, env))
     argv = app_logs_argv(
-        record.app_id,
+        record.app,
         follow=follow,
         since=since,
         until=until,

@@ -191,6 +191,52 @@ def test_a_failed_deploy_is_told_once_and_leaves_no_record() -> None:
     assert not list(state_dir().rglob("endpoint.py"))
 
 
+class Interrupts(FakeRunner):
+    """Its deploy is cut short by what `how` says."""
+
+    how: BaseException = SystemExit(143)
+
+    def stream(self, argv, env, *, on_output, on_error):  # type: ignore[no-untyped-def]
+        raise self.how
+
+
+def test_a_deploy_that_is_killed_leaves_a_name_to_find_it_by() -> None:
+    runner = Interrupts()
+    with pytest.raises(SystemExit):
+        execute(a_plan(), runner=runner, console=talk()[0], wait=False)
+    record = Records(state_dir()).find("tiny", Target.LOCAL, "main")
+    assert (record.app_id, record.url, record.base_url, record.running) == ("", "", "", True)
+    assert record.app == "tiny"  # what `stop` and `logs` hand to the client
+    execute(
+        a_plan(),
+        runner=FakeRunner({"deploy": Completed(0, "\n".join(DEPLOYED_LINES), "")}),
+        console=talk()[0],
+        wait=False,
+    )
+    assert Records(state_dir()).find("tiny", Target.LOCAL, "main").app == "ap-AbCdEf123456"
+
+
+def test_a_deploy_that_fails_leaves_the_record_that_was_there() -> None:
+    done = FakeRunner({"deploy": Completed(0, "\n".join(DEPLOYED_LINES), "")})
+    execute(a_plan(), runner=done, console=talk()[0], wait=False)
+    records = Records(state_dir())
+    stopped = records.mark_stopped(records.find("tiny", Target.LOCAL, "main"))
+    failing = FakeRunner({"deploy": Completed(1, "", "Error: no luck")})
+    with pytest.raises(GpuctlError, match="no luck"):
+        execute(a_plan(), runner=failing, console=talk()[0], wait=False)
+    assert records.all() == [stopped]
+
+
+def test_ctrl_c_in_a_deploy_that_came_to_nothing_leaves_no_record() -> None:
+    runner = Interrupts({"server": Completed(1, "", "Error: No App with name 'tiny' found")})
+    runner.how = KeyboardInterrupt()
+    console, _, err = talk()
+    with pytest.raises(KeyboardInterrupt):
+        execute(a_plan(), runner=runner, console=console, wait=False)
+    assert "nothing is deployed under this name" in err.getvalue()
+    assert Records(state_dir()).all() == []
+
+
 def test_a_plane_that_is_killed_during_the_deploy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = GpuctlError("the local control plane was killed", hint="gpuctl local up")
     monkeypatch.setattr("gpuctl.deploy.lost", lambda _target: gone)
