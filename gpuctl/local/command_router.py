@@ -68,22 +68,19 @@ class CommandRouter:
         if body and hmac.compare_digest(signature.encode(), self._signature(body).encode()):
             payload = json.loads(base64.urlsafe_b64decode(body.partition(".")[2] + "=="))
             if payload["exp"] > time.time():
-                return Call(payload["task_id"], "")
+                return Call(payload["task_id"], "", router=True)
         raise unauthenticated("The token for this container is missing, not this plane's, or has ended.")
 
     # ---- programs
 
-    def _live(self, request: Any, call: Call) -> Task:
-        if request.task_id != call.task_id:
-            raise unauthenticated("The token is for another container.")
+    def _live(self, request: Any) -> Task:
         task = self._tasks.live.get(request.task_id)
         if task is None or task.container is None:
             raise not_found(f"Container '{request.task_id}' is not running.")
         return task
 
     def _process(self, request: Any, call: Call) -> Process:
-        if request.task_id != call.task_id:
-            raise unauthenticated("The token is for another container.")
+        _allow(request, call)
         process = self._processes.get((request.task_id, request.exec_id))
         if process is None:
             raise not_found(f"No command '{request.exec_id}' in container '{request.task_id}'.")
@@ -92,8 +89,9 @@ class CommandRouter:
     @rpc("TaskExecStart", differs="in the container's own environment; secret_sources are refused")
     async def start(self, request: Any, call: Call) -> Any:
         key = (request.task_id, request.exec_id)
-        if request.task_id != call.task_id or key not in self._processes:
-            task = self._live(request, call)
+        _allow(request, call)
+        if key not in self._processes:
+            task = self._live(request)
             # The client repeats a call whose answer it did not get: a command is started once.
             job = self._starting.get(key)
             if job is None:
@@ -208,6 +206,11 @@ class RouterAccess:
         return api_pb2.TaskGetCommandRouterAccessResponse(
             url=self._url(), jwt=self._router.token(request.task_id)
         )
+
+
+def _allow(request: Any, call: Call) -> None:
+    if not call.router or request.task_id != call.task_id:
+        raise unauthenticated("This takes the token of `TaskGetCommandRouterAccess` for that container.")
 
 
 def _encoded(document: Mapping[str, Any]) -> str:

@@ -312,7 +312,7 @@ class ControlPlane:
         endpoints = self.endpoints()
         services = [
             build(ModalClientBase, endpoints, self._authenticate),
-            build(TaskCommandRouterBase, collect(self._router), self._router.authenticate),
+            build(TaskCommandRouterBase, collect(self._router), self._authenticate_router),
         ]
         path = str(folder / "plane.sock")
         for place in ({"sock": listener}, {"path": path}):
@@ -364,6 +364,12 @@ class ControlPlane:
         ) and hmac.compare_digest(header("x-modal-token-secret").encode(), self._token_secret.encode()):
             return Call("", version, idempotency_key=key)
         raise unauthenticated("Token missing or not the local control plane's own: see `gpuctl local env`.")
+
+    def _authenticate_router(self, metadata: Mapping[str, Any]) -> Any:
+        """By a token for one container; who has the plane's own is told what is refused, and not let into one."""
+        if "authorization" in metadata:
+            return self._router.authenticate(metadata)
+        return self._authenticate(metadata)
 
     async def stop(self) -> None:
         """End what runs, in order: no new calls, then containers (they may still talk), then the rest."""

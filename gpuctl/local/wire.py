@@ -26,13 +26,15 @@ class Call:
     """Who makes a call: the user's client, or the container `task_id`.
 
     `isolated`: the caller has a network of its own, and reaches the plane's URLs only by its way out.
-    `idempotency_key` is the same for a call and its retries; "" for none.
+    `idempotency_key` is the same for a call and its retries; "" for none. `router`: a client with the command
+    router's token for that container.
     """
 
     task_id: str
     client_version: str
     isolated: bool = False
     idempotency_key: str = ""
+    router: bool = False
 
 
 @dataclass(frozen=True)
