@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
+    from gpuctl.cli.console import Console
     from gpuctl.modal_cli import ModalEnv, Runner
 
 SCHEMA = 1
@@ -36,6 +37,7 @@ KEPT_SECONDS = 24 * 3600
 # The client itself gives up on a server that it cannot reach after a minute; a price is not worth that.
 ASK_SECONDS = 15.0
 
+_FEW = 6  # strange keys that are named; --json has all
 ASKED_WITH = "modal billing rates --json"
 
 Source = Literal["account", "catalogue"]
@@ -94,7 +96,10 @@ class Rates:
     def said(self, *, at: datetime | None = None) -> str:
         """Where the prices come from and how old they are, for people: a clause that begins in lower case."""
         fetched_at = self.fetched_at
-        strange = f"; not recognised: {', '.join(self.unrecognised)}" if self.unrecognised else ""
+        strange = ""
+        if self.unrecognised:
+            few, more = self.unrecognised[:_FEW], len(self.unrecognised) - _FEW
+            strange = f"; not recognised: {', '.join(few)}" + (f" and {more} more" if more > 0 else "")
         if fetched_at is None:
             return f"list prices of {self._days()} ({self.reason}{strange})"
         own = f"your account's own prices (`{ASKED_WITH}`, {age(fetched_at, at=at)} old)"
@@ -132,13 +137,14 @@ def rates(
     target: Target,
     *,
     runner: Runner | None = None,
+    console: Console | None = None,
     environ: Mapping[str, str] | None = None,
     at: datetime | None = None,
 ) -> Rates:
     """The prices to reckon with. Never fails: what cannot be had is the catalogue's, and `reason` says why.
 
     `runner=None`: no process and no network, only what is kept from the last day. Else the account is asked when
-    nothing is, which takes a second, and at most `ASK_SECONDS`.
+    nothing is, which takes a second, and at most `ASK_SECONDS`; `console` hears of it with `--verbose`.
     """
     environ = os.environ if environ is None else environ
     at = at or datetime.now(UTC)
@@ -158,7 +164,11 @@ def rates(
     kept = _kept(env, at)
     if kept is not None:
         return kept
-    return from_catalogue(not_asked) if runner is None else _asked(env, runner, at)
+    if runner is None:
+        return from_catalogue(not_asked)
+    if console is not None:
+        console.detail(f"$ {ASKED_WITH}")
+    return _asked(env, runner, at)
 
 
 def from_catalogue(reason: str) -> Rates:

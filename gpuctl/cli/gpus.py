@@ -50,7 +50,7 @@ def gpus(
     console = Console(quiet=quiet, verbose=verbose, json=json)
     least = check(sort, min_vram)
     with console.spinner("asking Modal for your prices"):
-        prices = rates(target_of(local), runner=runner_of(ctx))
+        prices = rates(target_of(local), runner=runner_of(ctx), console=console)
     found = offers(prices, sort=sort, min_vram=least)
     clouds = clouds_of(found) if compare else []
     if json:

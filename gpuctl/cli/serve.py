@@ -244,7 +244,9 @@ def serve(
     revision = None if repo is None else resolve_revision(repo, spec.model.revision)
     runner = runner_of(ctx)
     execute(
-        plan_serve(spec, argv=argv, revision=revision, rates=rates(spec.target, runner=runner)),
+        plan_serve(
+            spec, argv=argv, revision=revision, rates=rates(spec.target, runner=runner, console=console)
+        ),
         runner=runner,
         console=console,
         wait=wait,

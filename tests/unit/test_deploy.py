@@ -157,6 +157,20 @@ def test_modal_is_asked_for_confirmation_before_anything() -> None:
     assert not (state_dir() / "apps").exists()
 
 
+def test_the_question_says_what_it_may_cost() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    err, runner = Terminal(), FakeRunner()
+    console = Console(quiet=True, stdin=Terminal("n\n"), stdout=io.StringIO(), stderr=err)
+    plan = a_plan(target=Target.MODAL, gpu="T4", max_containers="3")
+    with pytest.raises(GpuctlError, match="not deployed"):
+        execute(plan, runner=runner, console=console, wait=False)
+    assert "Deploy 'tiny' to Modal (environment 'main'), for at most $1.79 an hour? [y/N]" in err.getvalue()
+    assert runner.calls == []
+
+
 def test_with_yes_nobody_is_asked() -> None:
     with endpoint(chat_answer("hi")) as served:
         runner = FakeRunner({"workspace": TOKEN, "deploy": Completed(0, printed(served.url), "")})

@@ -138,6 +138,13 @@ def test_a_key_that_is_not_recognised_falls_back_and_is_said() -> None:
     assert "not recognised: gpu_hour_cost_h100_sxm" in said
 
 
+def test_many_strange_keys_are_not_all_named() -> None:
+    strange = {f"key_{n}": "1" for n in range(9)}
+    found = ask(answering(TOLD | strange))
+    assert "not recognised: key_0, key_1, key_2, key_3, key_4, key_5 and 3 more" in found.said(at=NOW)
+    assert found.document()["unrecognised_keys"] == sorted(strange)
+
+
 @pytest.mark.parametrize("usd", ["-1", "NaN", "Infinity", "free", "", None, [], {}])
 def test_a_price_that_is_none_falls_back(usd: object) -> None:
     found = ask(answering(TOLD | {"gpu_hour_cost_h100": usd}))
