@@ -18,6 +18,8 @@ from gpuctl.local.wire import WORKSPACE, Call, conflict, empty, invalid, not_fou
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from gpuctl.local import pools, servers
+    from gpuctl.local.calls import Calls
     from gpuctl.local.functions import Functions
     from gpuctl.local.image_rpcs import Images
     from gpuctl.local.items import Items
@@ -33,7 +35,8 @@ DEPLOYED, STOPPED, STOPPING = (
     api_pb2.APP_STATE_STOPPING,
 )
 INITIALIZING = api_pb2.APP_STATE_INITIALIZING
-_CLIENT_BOUND = (INITIALIZING, api_pb2.APP_STATE_EPHEMERAL)  # these end when their client does
+_EPHEMERAL, _DETACHED = api_pb2.APP_STATE_EPHEMERAL, api_pb2.APP_STATE_DETACHED
+_CLIENT_BOUND = (INITIALIZING, _EPHEMERAL)  # these end when their client does
 _HEARTBEAT_SECONDS = 60.0  # the client beats every 15 s
 _LISTED_SECONDS = 86400.0  # how long a stopped app stays in `modal app list`
 
@@ -50,6 +53,7 @@ class Apps:
         mounts: Mounts,
         volumes: Volumes,
         servers: Servers,
+        calls: Calls,
         tasks: Tasks,
         logs: Logs,
         items: Items,
@@ -62,6 +66,7 @@ class Apps:
         self._mounts = mounts
         self._volumes = volumes
         self._servers = servers
+        self._calls = calls
         self._tasks = tasks
         self._logs = logs
         self._heartbeats: dict[str, float] = {}
@@ -75,10 +80,16 @@ class Apps:
         for app in self._store.apps():
             if app.state == DEPLOYED and (deployment := self._store.deployment(app.id, app.version)):
                 await self._servers.publish(deployment)
+                await self._calls.publish(deployment)
             elif app.state == STOPPING:
                 self._store.set_app(app.id, state=STOPPED, stopped_at=time.time())
             elif app.state in _CLIENT_BOUND:
                 self._heartbeats[app.id] = now  # its client may still be there
+            if app.state in (_EPHEMERAL, _DETACHED) and (
+                deployment := self._store.deployment(app.id, app.version)
+            ):
+                await self._calls.publish(deployment)
+        self._calls.resume()
 
     async def watch_clients(self) -> None:
         """Stop the apps whose client is gone without a word. Runs for ever."""
@@ -107,9 +118,10 @@ class Apps:
 
     async def _stop(self, app: App) -> None:
         self._store.set_app(app.id, state=STOPPING)
-        await self._servers.close_app(app.id)
+        await asyncio.gather(self._servers.close_app(app.id), self._calls.close_app(app.id))
         await self._tasks.stop_all(app.id)
-        self._logs.say(app.id, "", "", "app stopped")
+        if app.state == DEPLOYED:  # who runs an ephemeral one sees its end
+            self._logs.say(app.id, "", "", "app stopped")
         self._logs.flush()
         self._store.set_app(app.id, state=STOPPED, stopped_at=time.time())
         self._heartbeats.pop(app.id, None)
@@ -184,7 +196,7 @@ class Apps:
             and not request.deployment_tag
             and deployed
         ):
-            for pool in self._servers.of_app(app.id):
+            for pool in self._pools(app):
                 pool.forgive()
             return api_pb2.AppPublishResponse(url=_page(app.id))  # no deployed_at: "no changes detected"
         deployment = Deployment(
@@ -228,6 +240,7 @@ class Apps:
                     function_id, settings=b""
                 )  # a deployment resets what was changed live
         await self._servers.publish(deployment)
+        await self._calls.publish(deployment)
 
     def _warnings(self, deployment: Deployment) -> list[Any]:
         def of_image(image_id: str) -> Iterable[str]:
@@ -260,11 +273,14 @@ class Apps:
             raise conflict(f"App '{app.name}' has nothing deployed.")
         deployment = self._again(app, current, call, rollback_version=0)
         await self._deploy(app, deployment, name=app.name, state=DEPLOYED, tags=app.tags)
-        for pool in self._servers.of_app(app.id):
+        for pool in self._pools(app):
             pool.roll()
         return api_pb2.AppRolloverResponse(
             url=_page(app.id), server_warnings=self._warnings(deployment), deployed_at=deployment.deployed_at
         )
+
+    def _pools(self, app: App) -> list[servers.Pool | pools.Pool]:
+        return [*self._servers.of_app(app.id), *self._calls.of_app(app.id)]
 
     def _deployed_or_fail(self, app_id: str) -> App:
         app = self.require(app_id)

@@ -4,7 +4,7 @@ Run as `python -I -S container_init.py CONTROL_FD PLAN.json`, already inside new
 nothing of gpuctl's: it runs under whatever interpreter the plane has and must start in milliseconds.
 
 It talks to the plane over one inherited socket, in lines:
-    from the plane   `term`                SIGTERM to the program, so that its exit hooks run
+    from the plane   `term`, `int`         SIGTERM or SIGINT to the program, so that its exit hooks run
                      `listen PORT PATH`    accept on the unix socket PATH for 127.0.0.1:PORT in here
                      `exec N`              start one more program; N descriptors come with it, see `Execution`
     to the plane     `started PID`, `exit CODE` (negative: killed by that signal), `error TEXT`
@@ -384,9 +384,9 @@ def main() -> None:
         *lines, pending = (pending + data).split(b"\n")
         for line in lines:
             command, *rest = line.decode().split(" ", 2)
-            if command == "term":
+            if command in ("term", "int"):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(program, signal.SIGTERM)
+                    os.kill(program, signal.SIGTERM if command == "term" else signal.SIGINT)
             elif command == "listen":
                 listener = socket.socket(socket.AF_UNIX)
                 listener.bind(rest[1])

@@ -117,10 +117,12 @@ class Container:
         """The program's exit code, once it and its output have ended; negative for a signal."""
         return await asyncio.shield(self._exit)
 
-    async def stop(self, grace: float) -> int:
-        """SIGTERM to the program, so that its exit hooks run; after `grace` seconds SIGKILL to the whole tree."""
-        if not self._exit.done():
-            self._control.write(b"term\n")
+    async def stop(self, grace: float, *, interrupt: bool = False) -> int:
+        """SIGTERM or SIGINT to the program, so that its exit hooks run; after `grace` seconds SIGKILL to all of it."""
+        if not self._exit.done() and grace <= 0:
+            self.kill()
+        elif not self._exit.done():
+            self._control.write(b"int\n" if interrupt else b"term\n")
             try:
                 return await asyncio.wait_for(self.wait(), grace)
             except TimeoutError:

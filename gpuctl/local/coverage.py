@@ -14,6 +14,7 @@ def served(service: str = "ModalClient") -> dict[str, str]:
     from gpuctl.local import (
         apps,
         blobs,
+        calls,
         command_router,
         dicts,
         environments,
@@ -35,6 +36,7 @@ def served(service: str = "ModalClient") -> dict[str, str]:
         apps.Apps,
         functions.Functions,
         servers.Servers,
+        calls.Calls,
         tasks.Tasks,
         command_router.RouterAccess,
         image_rpcs.Images,

@@ -173,6 +173,8 @@ class ControlPlane:
     def __init__(self, state_dir: Path, cache_dir: Path) -> None:
         from gpuctl.local.apps import Apps
         from gpuctl.local.blobs import Blobs
+        from gpuctl.local.calls import Calls
+        from gpuctl.local.capacity import Capacity
         from gpuctl.local.command_router import CommandRouter, RouterAccess
         from gpuctl.local.dicts import Dicts
         from gpuctl.local.environments import Environments
@@ -181,6 +183,7 @@ class ControlPlane:
         from gpuctl.local.image_rpcs import Images
         from gpuctl.local.images import ImageStore
         from gpuctl.local.items import Items
+        from gpuctl.local.ledger import Ledger
         from gpuctl.local.logs import Logs
         from gpuctl.local.mounts import Mounts
         from gpuctl.local.proxy_tokens import ProxyTokens
@@ -189,6 +192,7 @@ class ControlPlane:
         from gpuctl.local.servers import Servers
         from gpuctl.local.store import Store
         from gpuctl.local.tasks import Tasks
+        from gpuctl.local.variants import Variants
         from gpuctl.local.volumes import Volumes
 
         self._state_dir = state_dir
@@ -211,7 +215,11 @@ class ControlPlane:
         self._images = Images(ImageStore(cache_dir, hide=(state_dir,)), self._mounts, self._secrets)
         self._servers = Servers(store, self._environments, self._logs, self._proxy_tokens)
         self._functions = Functions(
-            store, self._environments, open_url=self._servers.open, url_of=self._servers.url_of
+            store,
+            self._environments,
+            Variants(store),
+            open_url=self._servers.open,
+            url_of=self._servers.url_of,
         )
         self._tasks = Tasks(
             store,
@@ -224,6 +232,7 @@ class ControlPlane:
             self._logs,
         )
         self._servers.attach(self._functions, self._tasks)
+        self._calls = Calls(store, Ledger(store), self._functions, self._tasks, self._logs, Capacity())
         self._apps = Apps(
             store,
             self._environments,
@@ -232,6 +241,7 @@ class ControlPlane:
             self._mounts,
             self._volumes,
             self._servers,
+            self._calls,
             self._tasks,
             self._logs,
             self._items,
@@ -272,6 +282,7 @@ class ControlPlane:
             self._apps,
             self._functions,
             self._servers,
+            self._calls,
             self._tasks,
             self._router_access,
             self._images,
@@ -378,7 +389,7 @@ class ControlPlane:
         for server in self._listeners[:1]:
             server.close()
         await self._images.stop()
-        await self._servers.close()
+        await asyncio.gather(self._servers.close(), self._calls.close())
         await self._tasks.stop_all()
         for server in self._listeners:
             server.close()

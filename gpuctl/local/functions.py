@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from modal_proto import api_pb2
 
 from gpuctl.local.ids import is_id, new_id
-from gpuctl.local.store import Deployment, Function, Layout, Store
+from gpuctl.local.store import App, Deployment, Function, Layout, Store
+from gpuctl.local.variants import apply_options
 from gpuctl.local.wire import Call, conflict, invalid, not_found, rpc, unimplemented
 
 if TYPE_CHECKING:
     from gpuctl.local.environments import Environments
+    from gpuctl.local.variants import Variants
 
 UrlOf = Callable[[str], str]
 _LIVE_STATES = (api_pb2.APP_STATE_DEPLOYED, api_pb2.APP_STATE_EPHEMERAL, api_pb2.APP_STATE_DETACHED)
@@ -28,9 +30,16 @@ class Functions:
     """Definitions by function. `open_url` gives a server its URL, `url_of` says what it is ("" for none)."""
 
     def __init__(
-        self, store: Store, environments: Environments, *, open_url: Callable[[str], Any], url_of: UrlOf
+        self,
+        store: Store,
+        environments: Environments,
+        variants: Variants,
+        *,
+        open_url: Callable[[str], Any],
+        url_of: UrlOf,
     ) -> None:
         self._store = store
+        self.variants = variants
         self._environments = environments
         self._open_url = open_url
         self._url_of = url_of
@@ -50,8 +59,27 @@ class Functions:
             raise not_found(f"Function definition '{definition_id}' not found.")
         return api_pb2.FunctionData.FromString(stored)
 
+    def data_of(self, function_id: str, definition_id: str) -> Any:
+        """The same for one function: a variant has options of its own."""
+        data = self.data(definition_id)
+        variant = self.variants.get(function_id)
+        if variant is not None:
+            apply_options(data, api_pb2.FunctionOptions.FromString(variant.options))
+        return data
+
+    def parameters(self, function_id: str) -> bytes:
+        """What a variant's class is made with; b"" for the others."""
+        variant = self.variants.get(function_id)
+        return variant.parameters if variant else b""
+
+    def base_of(self, function_id: str) -> str:
+        """The function that the app's layout knows: of a variant its base, of the others themselves."""
+        variant = self.variants.get(function_id)
+        return variant.base_id if variant else function_id
+
     def definition_of(self, function_id: str) -> str:
         """The definition that counts: the deployed one, else the draft."""
+        function_id = self.base_of(function_id)
         row = self.row(function_id)
         app = self._store.app(row.app_id)
         deployment = self._store.deployment(row.app_id, app.version) if app and app.version else None
@@ -79,6 +107,7 @@ class Functions:
             function_type=data.function_type,
             definition_id=definition_id,
             app_id=self.row(function_id).app_id,
+            base_function_id=base if (base := self.base_of(function_id)) != function_id else "",
             is_method=data.is_method,
             class_parameter_info=data.class_parameter_info,
             method_handle_metadata=methods,
@@ -102,7 +131,7 @@ class Functions:
         `volume` and `mount` give the metadata of an object of that kind.
         """
         objects = api_pb2.AppLayout(function_ids=layout.function_ids, class_ids=layout.class_ids)
-        seen: set[str] = set()
+        seen = {*layout.class_ids.values(), *layout.function_ids.values()}
         for class_id in layout.class_ids.values():
             objects.objects.add(object_id=class_id, class_handle_metadata=api_pb2.ClassHandleMetadata())
         for function_id in layout.function_ids.values():
@@ -123,6 +152,13 @@ class Functions:
                     entry.volume_metadata.CopyFrom(volume(dependency.object_id))
                 elif is_id(dependency.object_id, "mo"):
                     entry.mount_handle_metadata.CopyFrom(mount(dependency.object_id))
+                elif is_id(dependency.object_id, "fu"):
+                    other = self.definition_of(dependency.object_id)
+                    entry.function_handle_metadata.CopyFrom(
+                        self.metadata(dependency.object_id, self.data_of(dependency.object_id, other), other)
+                    )
+                elif is_id(dependency.object_id, "cs"):
+                    entry.class_handle_metadata.SetInParent()
         return objects
 
     # ---- RPCs
@@ -194,23 +230,25 @@ class Functions:
             self._store.add_function(row)
         return row
 
+    def _deployed(self, name: str, environment_name: str, version: int) -> tuple[App, Deployment, str]:
+        """The deployed app of that name, what it consists of, and how to speak of it."""
+        environment = self._environments.named(environment_name)
+        where = f"App '{name}' in environment '{environment.name}'"
+        apps = self._store.apps_named(environment.id, name)
+        app = next((app for app in apps if app.state == api_pb2.APP_STATE_DEPLOYED), None)
+        deployment = self._store.deployment(app.id, app.version) if app else None
+        if app is None or deployment is None:
+            raise not_found(f"{where} is not deployed.")
+        if version not in (0, app.version):
+            raise unimplemented(
+                f"{where}: version {version} is not the deployed one, and the local control plane runs no other"
+            )
+        return app, deployment, where
+
     @rpc("FunctionGet", differs="only the deployed version can be asked for")
     async def get(self, request: Any, _call: Call) -> Any:
-        environment = self._environments.named(request.environment_name)
-        where = f"App '{request.app_name}' in environment '{environment.name}'"
-        deployed = [
-            app
-            for app in self._store.apps_named(environment.id, request.app_name)
-            if app.state == api_pb2.APP_STATE_DEPLOYED
-        ]
-        if not deployed:
-            raise not_found(f"{where} is not deployed.")
-        if request.app_version not in (0, deployed[0].version):
-            raise unimplemented(
-                "FunctionGet of an older version is not implemented by the local control plane"
-            )
-        deployment = self._store.deployment(deployed[0].id, deployed[0].version)
-        function_id = deployment.layout.function_ids.get(request.object_tag) if deployment else None
+        _, deployment, where = self._deployed(request.app_name, request.environment_name, request.app_version)
+        function_id = deployment.layout.function_ids.get(request.object_tag)
         if function_id is None:
             raise not_found(f"{where} has no Function or Server '{request.object_tag}'.")
         definition_id = self.definition_of(function_id)
@@ -224,13 +262,36 @@ class Functions:
     @rpc("FunctionGetById")
     async def get_by_id(self, request: Any, _call: Call) -> Any:
         definition_id = self.definition_of(request.function_id)
-        data = self.data(definition_id)
+        data = self.data_of(request.function_id, definition_id)
         return api_pb2.FunctionGetByIdResponse(
             function=self.with_url(request.function_id, data),
             handle_metadata=self.metadata(request.function_id, data, definition_id),
         )
 
-    @rpc("ClassCreate", differs="can be deployed; its methods cannot be called yet")
+    @rpc("FunctionBindParams", differs="only the deployed version can be bound")
+    async def bind(self, request: Any, _call: Call) -> Any:
+        base = self.row(request.function_id)
+        if request.function_options.cloud_bucket_mounts:
+            raise unimplemented("Cloud bucket mounts do not exist in the local control plane")
+        variant = self.variants.add(base.id, request.serialized_params, request.function_options)
+        if self._store.function(variant.id) is None:
+            name = self.row(variant.base_id).name
+            self._store.add_function(Function(variant.id, base.app_id, f"{name} {variant.id}", "", 0, b""))
+        definition_id = self.definition_of(variant.id)
+        return api_pb2.FunctionBindParamsResponse(
+            bound_function_id=variant.id,
+            handle_metadata=self.metadata(variant.id, self.data_of(variant.id, definition_id), definition_id),
+        )
+
+    @rpc("ClassGet", differs="only the deployed version can be asked for")
+    async def get_class(self, request: Any, _call: Call) -> Any:
+        _, deployment, where = self._deployed(request.app_name, request.environment_name, request.app_version)
+        class_id = deployment.layout.class_ids.get(request.object_tag)
+        if class_id is None:
+            raise not_found(f"{where} has no Cls '{request.object_tag}'.")
+        return api_pb2.ClassGetResponse(class_id=class_id, handle_metadata=api_pb2.ClassHandleMetadata())
+
+    @rpc("ClassCreate")
     async def create_class(self, request: Any, _call: Call) -> Any:
         app = self._store.app(request.app_id)
         if app is None:
@@ -258,10 +319,10 @@ class Functions:
                 said[f"{name}: GPU {wanted} asked for; {_gpu_note()}"] = None
             if data.HasField("schedule") or first.HasField("schedule"):
                 said[f"{name}: its schedule does not fire on the local control plane."] = None
-            if not data.is_server:
-                said[
-                    f"{name}: deployed, but the local control plane cannot run calls (.remote, .map, …) yet."
-                ] = None
+            if first.is_checkpointing_function:
+                said[f"{name}: no memory snapshot is taken; what is to be in it runs in every container."] = (
+                    None
+                )
             if first.proxy_id:
                 said[f"{name}: the proxy is not used; the local control plane has none."] = None
             for warning in image_warnings(first.image_id):

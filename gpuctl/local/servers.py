@@ -433,7 +433,7 @@ class Servers:
         """The rest of what it needs; these need it too."""
         self._functions = functions
         self._tasks = tasks
-        tasks.stop_hook = self._task_stopped
+        tasks.stop_hooks.append(self._task_stopped)
 
     def url_of(self, function_id: str) -> str:
         pool = self._pools.get(function_id)

@@ -29,6 +29,8 @@ from gpuctl.local.store import Deployment, Function, Store, TaskRow
 from gpuctl.local.wire import Call, conflict, empty, invalid, not_found, rpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gpuctl.local.environments import Environments
     from gpuctl.local.functions import Functions
     from gpuctl.local.image_rpcs import Images
@@ -53,7 +55,9 @@ class Task:
     enqueued_at: float
     container: Container | None = None
     announced: asyncio.Event = field(default_factory=asyncio.Event)  # its enter methods have run
+    server: bool = False  # it runs a server, and ends by SIGTERM; the others by SIGINT
     failure: str = ""  # what its own code reported as the reason of its end
+    result: Any = None  # the same as an api_pb2.GenericResult
     stopping: bool = False  # its end was asked for
     isolated: bool = False  # it has a network of its own
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -86,7 +90,8 @@ class Tasks:
         self._server_socket = ""
         self._background: set[asyncio.Task[Any]] = set()
         self.live: dict[str, Task] = {}
-        self.stop_hook: Any = None  # called with a task when the client asks for its container to stop
+        # Called with a task when the client asks for its container to stop, or it does so itself.
+        self.stop_hooks: list[Callable[[Task], None]] = []
 
     def attach(self, runtime: ContainerRuntime, server_socket: str) -> None:
         """Give it what runs containers, and the socket at which they find the plane."""
@@ -129,7 +134,7 @@ class Tasks:
         try:
             assert self._runtime is not None
             spec = self._spec(task, deployment)
-            task.isolated = spec.isolated_network
+            task.isolated = task.server = spec.isolated_network
             task.container = await self._runtime.start(spec)
         except Exception as error:
             message = (
@@ -153,7 +158,8 @@ class Tasks:
 
     async def _watch(self, task: Task, container: Container) -> None:
         code = await container.wait()
-        if not task.stopping:
+        unexpected = code or task.server or not task.announced.is_set()
+        if unexpected and not task.stopping:
             when = "" if task.announced.is_set() else " before it was ready"
             why = f": {task.failure}" if task.failure else ""
             self._logs.say(
@@ -173,12 +179,12 @@ class Tasks:
         self._logs.wake()
 
     async def stop(self, task: Task, *, grace: float = EXIT_HOOK_SECONDS) -> None:
-        """End it: SIGTERM, its exit hooks for `grace` seconds, then SIGKILL. Returns when nothing of it is left."""
+        """End it: a signal, its exit hooks for `grace` seconds, then SIGKILL. Returns when nothing of it is left."""
         task.stopping = True
         while task.container is None and not task.ended.is_set():
             await asyncio.sleep(0.01)  # it is being set up: stopped as soon as there is something to stop
         if task.container is not None and not task.ended.is_set():
-            await task.container.stop(grace)
+            await task.container.stop(grace, interrupt=not task.server)
         await task.ended.wait()
 
     async def stop_all(self, app_id: str | None = None, *, grace: float = EXIT_HOOK_SECONDS) -> None:
@@ -187,7 +193,7 @@ class Tasks:
         await asyncio.gather(*(self.stop(task, grace=grace) for task in tasks))
 
     def _spec(self, task: Task, deployment: Deployment) -> ContainerSpec:
-        data = self._functions.data(task.definition_id)
+        data = self._functions.data_of(task.function_id, task.definition_id)
         function = data.ranked_functions[0].function
         app = self._store.app(task.app_id)
         assert app is not None
@@ -198,6 +204,7 @@ class Tasks:
             function_id=task.function_id,
             app_id=task.app_id,
             function_def=function,
+            serialized_params=self._functions.parameters(task.function_id),
             environment_name=environment,
             app_layout=self._functions.layout(
                 deployment.layout, self._volumes.metadata, self._mounts.metadata
@@ -258,10 +265,6 @@ class Tasks:
     async def hello(self, _request: Any, _call: Call) -> Any:
         return empty()
 
-    @rpc("ContainerHeartbeat")
-    async def heartbeat(self, _request: Any, _call: Call) -> Any:
-        return api_pb2.ContainerHeartbeatResponse()
-
     @rpc("ContainerServerLifecycleReady")
     async def ready(self, _request: Any, call: Call) -> Any:
         self._caller(call).announced.set()
@@ -271,6 +274,7 @@ class Tasks:
     async def result(self, request: Any, call: Call) -> Any:
         task = self._caller(call)
         if request.result.status != api_pb2.GenericResult.GENERIC_STATUS_SUCCESS:
+            task.result = request.result
             task.failure = (request.result.exception or "its code failed").partition("\n")[0]
         return empty()
 
@@ -321,10 +325,11 @@ class Tasks:
             raise not_found(f"Container '{request.task_id}' not found.")
         task = self.live.get(request.task_id)
         if task is not None and not task.stopping:
-            task.stopping = True
-            self._spawn(self.stop(task))
-            if self.stop_hook is not None:
-                self.stop_hook(task)
+            for hook in self.stop_hooks:
+                hook(task)
+            if not request.graceful:
+                task.stopping = True
+                self._spawn(self.stop(task))
         return api_pb2.ContainerStopResponse()
 
 
