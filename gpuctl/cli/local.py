@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# A command of a group does not inherit its group's.
+CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 local_app = app = typer.Typer(
     help="The control plane of this machine: Modal's API, for the modal client, without an account.",
@@ -15,7 +18,7 @@ local_app = app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT_SETTINGS,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -28,11 +31,11 @@ def _folders() -> tuple[Path, Path]:
     return state_dir() / "local", cache_dir() / "local"
 
 
-@local_app.command()
+@local_app.command(context_settings=CONTEXT_SETTINGS)
 def up(
     port: Annotated[
-        int | None,
-        typer.Option(min=1, max=65535, help="The port on 127.0.0.1; by default last time's, or a free one."),
+        str | None,
+        typer.Option(metavar="PORT", help="The port on 127.0.0.1; by default last time's, or a free one."),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -40,7 +43,8 @@ def up(
     """Start it; it goes on in the background until `gpuctl local down`."""
     from gpuctl.local import client
 
-    plane = client.up(*_folders(), port=port)
+    number = None if port is None else _whole("--port", port, 1, 65535, "a port")
+    plane = client.up(*_folders(), port=number)
     if json:
         _print_json({"up": True, "pid": plane.pid, "url": plane.url, "state_dir": str(plane.state_dir)})
     elif not quiet:
@@ -48,7 +52,7 @@ def up(
         typer.echo('For the modal client in this shell: eval "$(gpuctl local env)"', err=True)
 
 
-@local_app.command()
+@local_app.command(context_settings=CONTEXT_SETTINGS)
 def down(quiet: Quiet = False) -> None:
     """Stop it and every container; apps, volumes, secrets and logs stay for the next `up`."""
     from gpuctl.local import client
@@ -62,7 +66,7 @@ def down(quiet: Quiet = False) -> None:
         )
 
 
-@local_app.command()
+@local_app.command(context_settings=CONTEXT_SETTINGS)
 def status(json: Json = False) -> None:
     """Say whether it is up, and where; exit code 1 when it is not."""
     from gpuctl.local import client
@@ -82,9 +86,9 @@ def status(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@local_app.command()
+@local_app.command(context_settings=CONTEXT_SETTINGS)
 def logs(
-    tail: Annotated[int, typer.Option("--tail", "-n", min=0, help="How many lines.")] = 100,
+    tail: Annotated[str, typer.Option("--tail", "-n", metavar="N", help="How many lines.")] = "100",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
 ) -> None:
     """Show the control plane's own log (an app's: `gpuctl logs NAME`)."""
@@ -94,11 +98,12 @@ def logs(
     from gpuctl.errors import GpuctlError
     from gpuctl.local.client import LOG_FILE
 
+    lines = _whole("--tail", tail, 0, 10**9, "a number of lines")
     path = _folders()[0] / LOG_FILE
     if not path.exists():
         raise GpuctlError("the local control plane was never up", hint="start it: gpuctl local up")
     with path.open(errors="replace") as file:
-        for line in deque(file, maxlen=tail):
+        for line in deque(file, maxlen=lines):
             typer.echo(line, nl=False)
         while follow:
             line = file.readline()
@@ -108,7 +113,7 @@ def logs(
                 time.sleep(0.2)
 
 
-@local_app.command()
+@local_app.command(context_settings=CONTEXT_SETTINGS)
 def env() -> None:
     """Print shell commands that point the modal client here: eval "$(gpuctl local env)"."""
     import shlex
@@ -120,6 +125,7 @@ def env() -> None:
 @local_app.command(
     "exec",
     context_settings={
+        **CONTEXT_SETTINGS,
         "allow_extra_args": True,
         "ignore_unknown_options": True,
         "allow_interspersed_args": False,
@@ -155,6 +161,14 @@ def _plane_env() -> dict[str, str]:
     if plane is None:
         raise GpuctlError("the local control plane is not up", hint="start it: gpuctl local up")
     return plane.client_env()
+
+
+def _whole(flag: str, text: str, least: int, most: int, what: str) -> int:
+    from gpuctl.errors import usage_error
+
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and least <= int(text) <= most):
+        raise usage_error(f"{flag}: {text!r} is not {what}: a whole number from {least} to {most}")
+    return int(text)
 
 
 def _print_json(document: dict[str, object]) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
 
 from fakes import FakeRunner
 from gpuctl import __version__
@@ -226,7 +227,26 @@ def test_the_table_of_verbs_says_what_they_say() -> None:
         assert made is not None
         first = (made.help or "").strip().splitlines()[0]
         assert first.rstrip(".").startswith(verb.help.split(":")[0].split(",")[0].rstrip(".")), verb.name
-        assert {"-h", "--help"} == set(made.get_help_option_names(context)) or verb.name == "local"
+        commands = [made, *made.commands.values()] if isinstance(made, TyperGroup) else [made]
+        for one in commands:
+            inner = one.make_context(one.name, [], parent=context, resilient_parsing=True)
+            assert {"-h", "--help"} == set(inner.help_option_names), one.name
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("up", "--port", "web"), "--port: 'web' is not a port: a whole number from 1 to 65535"),
+        (("up", "--port", "65536"), "--port: '65536' is not a port: a whole number from 1 to 65535"),
+        (("logs", "--tail", "-5"), "--tail: '-5' is not a number of lines: a whole number from 0"),
+    ],
+)
+def test_a_wrong_number_for_the_plane(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], says: str
+) -> None:
+    code, out, err = gpuctl(capsys, "local", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {says}")
 
 
 # -- ps
