@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import re
 from pathlib import Path
 
@@ -100,3 +102,27 @@ def test_both_builds_are_of_one_engine() -> None:
     assert engine.cpu.base is None
     assert engine.cpu.index == "https://download.pytorch.org/whl/cpu"
     assert engine.cpu.env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+CONFIGS = sorted((Path(tables.__file__).parent / "configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_of_a_repository_and_has_its_shape(path: Path) -> None:
+    org, name = path.stem.split("--")
+    assert org
+    assert name
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    assert config["model_type"]
+    assert text["hidden_size"] > 0
+    assert text["vocab_size"] > 0
+
+
+def test_the_notice_names_where_each_config_is_from() -> None:
+    notice = (CONFIGS[0].parent / "NOTICE.md").read_text(encoding="utf-8")
+    patterns = re.findall(r"`([^`\s]+--[^`\s]+)`", notice)
+    for pattern in patterns:
+        assert [path for path in CONFIGS if fnmatch.fnmatch(path.stem, pattern)], (
+            f"no file is called {pattern}"
+        )
