@@ -5,12 +5,13 @@ As in the cloud, a URL is the permission: each carries a signature that only thi
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
+import os
 import secrets
-import shutil
 import urllib.parse
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from gpuctl.local.uploads import Uploads
+
 _CHUNK = 1 << 20
 _HEX = frozenset("0123456789abcdef")
 
@@ -32,25 +35,25 @@ _HEX = frozenset("0123456789abcdef")
 class Blobs:
     """Content-addressed files under `folder`, and the signed URLs that lead to them.
 
-    `folder/files/<sha256>` holds mounted files, `folder/blobs/<id>` what BlobCreate announced, `folder/blocks/` the
-    blocks of uploads that are under way, under names of their own: two uploads never share one.
+    `folder/files/<sha256>` holds mounted files, `folder/blobs/<id>` what BlobCreate announced.
     """
 
     def __init__(self, folder: Path, key: bytes) -> None:
         self._files = folder / "files"
         self._blobs = folder / "blobs"
-        self._blocks = folder / "blocks"
         self._key = key
         self._runner: web.ServerRunner | None = None
         self.port = 0
-        self._readers: dict[str, Callable[[str, int], bytes]] = {}
-        shutil.rmtree(self._blocks, ignore_errors=True)  # uploads that an earlier plane did not see through
-        for directory in (self._files, self._blobs, self._blocks):
+        self._readers: dict[str, Callable[[str, int], tuple[Path, int, int]]] = {}
+        self._uploads: Uploads | None = None
+        for directory in (self._files, self._blobs):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def start(self) -> None:
         """Listen on a free loopback port."""
-        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=1)
+        self._runner = web.ServerRunner(
+            web.Server(self._handle, access_log=None, read_bufsize=_CHUNK), shutdown_timeout=1
+        )
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.port = int(self._runner.addresses[0][1])
@@ -81,17 +84,6 @@ class Blobs:
         if hashlib.sha256(data).hexdigest() != _checked_hash(sha256_hex):
             raise invalid("The data does not have the SHA-256 that was given for it.")
         self._write(self._files / sha256_hex, data, 0o644)
-
-    def block_url(self, sha256_hex: str, call: Call) -> str:
-        """Where a block with this hash may be PUT. The answer to that is its name."""
-        return self.url(f"/block/{secrets.token_hex(16)}/{_checked_hash(sha256_hex)}", call)
-
-    def block(self, name: bytes) -> Path | None:
-        """The block of that name."""
-        text = name.decode("ascii", errors="replace")
-        if len(text) != 32 or not set(text) <= _HEX or not (self._blocks / text).exists():
-            return None
-        return self._blocks / text
 
     def blob(self, blob_id: str) -> bytes:
         """Raises NOT_FOUND for one that was never uploaded."""
@@ -131,9 +123,13 @@ class Blobs:
         port = EGRESS_PORT if call.isolated else self.port
         return f"http://127.0.0.1:{port}{urllib.parse.quote(path)}?signature={self._sign(path)}"
 
-    def serve(self, kind: str, read: Callable[[str, int], bytes]) -> None:
-        """GET /KIND/NAME/BLOCK is answered by `read(name, block)`."""
-        self._readers[kind] = read
+    def serve(self, kind: str, find: Callable[[str, int], tuple[Path, int, int]]) -> None:
+        """GET /KIND/NAME/BLOCK is answered by a part of a file, `find(name, block)`: (path, start, length)."""
+        self._readers[kind] = find
+
+    def receive(self, uploads: Uploads) -> None:
+        """PUT /block/UPLOAD/INDEX/SHA256 goes there."""
+        self._uploads = uploads
 
     def _sign(self, path: str) -> str:
         return hmac.new(self._key, path.encode(), hashlib.sha256).hexdigest()
@@ -145,38 +141,72 @@ class Blobs:
         if request.method == "PUT" and kind == "blob":
             return await self._receive(request, self._blobs / rest)
         if request.method == "PUT" and kind == "block":
-            name, _, expected = rest.partition("/")
-            return await self._receive(request, self._blocks / name, expected)
+            return await self._receive_block(request, *rest.split("/"))
         if request.method == "GET" and kind == "blob" and (self._blobs / rest).exists():
             return web.FileResponse(self._blobs / rest)
         if request.method == "GET" and kind in self._readers:
             name, _, block = rest.rpartition("/")
             try:
-                return web.Response(body=self._readers[kind](name, int(block)))
+                return await _send(request, *self._readers[kind](name, int(block)))
             except OSError as error:
                 return web.Response(status=404, text=f"{error}\n")
         return web.Response(status=404)
 
-    async def _receive(self, request: web.BaseRequest, path: Path, expected: str = "") -> web.Response:
-        """Take a body in. Answers as S3 does, with the MD5 as ETag; the body of the answer is the file's name."""
-        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+    async def _receive(self, request: web.BaseRequest, path: Path) -> web.Response:
+        """Take a body in. Answers as S3 does, with the MD5 as ETag."""
+        md5 = hashlib.md5(usedforsecurity=False)
         part = path.with_name(f".{secrets.token_hex(8)}")
         try:
             with part.open("wb") as file:
                 async for data in request.content.iter_chunked(_CHUNK):
                     file.write(data)
                     md5.update(data)
-                    sha256.update(data)
-            if expected and sha256.hexdigest() != expected:
-                return web.Response(
-                    status=400, text="the data does not have the SHA-256 that was given for it\n"
-                )
             part.replace(path)
         except OSError as error:
             return web.Response(status=507, text=f"could not be kept: {error}\n")
         finally:
             part.unlink(missing_ok=True)
-        return web.Response(body=path.name.encode(), headers={"ETag": f'"{md5.hexdigest()}"'})
+        return web.Response(headers={"ETag": f'"{md5.hexdigest()}"'})
+
+    async def _receive_block(
+        self, request: web.BaseRequest, upload: str, index: str, sha256_hex: str
+    ) -> web.Response:
+        """Take a block in; the body of the answer is its name, by which the client refers to it."""
+        assert self._uploads is not None
+        writer = self._uploads.writer(upload, int(index))
+        if writer is None:
+            return web.Response(status=410, text="this upload is over\n")
+        try:
+            async for data in request.content.iter_chunked(_CHUNK):
+                await asyncio.to_thread(writer.add, data)
+            if not writer.commit(sha256_hex):
+                return web.Response(
+                    status=400, text="the data does not have the SHA-256 that was given for it\n"
+                )
+        except ValueError as error:
+            return web.Response(status=413, text=f"{error}\n")
+        except OSError as error:
+            return web.Response(status=507, text=f"could not be kept: {error}\n")
+        finally:
+            writer.close()
+        return web.Response(body=self._uploads.name_of(upload, int(index)))
+
+
+async def _send(request: web.BaseRequest, path: Path, start: int, length: int) -> web.StreamResponse:
+    """A part of a file: a first piece with the headers, the rest by sendfile, which copies nothing."""
+    response = web.StreamResponse()
+    response.content_length = length
+    with path.open("rb") as file:
+        first = os.pread(file.fileno(), min(length, 64 << 10), start)
+        await response.prepare(request)
+        await response.write(first)
+        if len(first) < length:
+            assert request.transport is not None
+            await asyncio.get_running_loop().sendfile(
+                request.transport, file, start + len(first), length - len(first)
+            )
+    await response.write_eof()
+    return response
 
 
 def _checked_hash(sha256_hex: str) -> str:

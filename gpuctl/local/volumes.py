@@ -1,4 +1,4 @@
-"""Volumes: plain folders, bound into containers as they are. Imports store, environments, blobs, wire, ids.
+"""Volumes: plain folders, bound into containers as they are. Imports store, environments, blobs, uploads, wire, ids.
 
 A commit has nothing to do, since every container sees one and the same folder; and a reload neither.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from modal_proto import api_pb2
 from gpuctl.local.environments import Environments, check_name
 from gpuctl.local.ids import is_id, new_id
 from gpuctl.local.store import Store, Volume
+from gpuctl.local.uploads import BLOCK, Finished, Uploads
 from gpuctl.local.wire import WORKSPACE, Call, already_exists, conflict, empty, invalid, not_found, rpc
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from gpuctl.local.blobs import Blobs
 
-BLOCK = 8 << 20  # the client's block size of version 2 Volumes
 _SPARE = 1 << 20  # what an upload leaves of the disk
 _ENTRIES = 1000  # per message of a listing
 _SHARED = "changes are visible to other containers at once, committed or not"
@@ -40,7 +39,10 @@ class Volumes:
         self._blobs = blobs
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        blobs.serve("volume", self._read_block)
+        blobs.serve("volume", self._block)
+        # On the same disk as the Volumes, so that a file that is complete is renamed into its Volume.
+        self._uploads = Uploads(folder / ".uploads")
+        blobs.receive(self._uploads)
 
     def root(self, volume_id: str) -> Path:
         """The Volume's folder. Raises NOT_FOUND for an unknown one."""
@@ -156,47 +158,30 @@ class Volumes:
                 raise already_exists(f"'{file.path}' is a directory.")
             if request.disallow_overwrite_existing_files and target.exists():
                 raise already_exists(f"'{file.path}' already exists.")
-            for number, block in enumerate(file.blocks):
-                if self._blobs.block(block.put_response) is None:
-                    url = self._blobs.block_url(block.contents_sha256.hex(), call)
-                    missing.append(
-                        api_pb2.VolumePutFiles2Response.MissingBlock(
-                            file_index=index, block_index=number, put_url=url
-                        )
+            absent = [n for n, block in enumerate(file.blocks) if not self._uploads.has(block.put_response)]
+            upload = self._uploads.begin() if absent else ""
+            for number in absent:
+                sha256 = file.blocks[number].contents_sha256.hex()
+                url = self._blobs.url(f"/block/{upload}/{number}/{sha256}", call)
+                missing.append(
+                    api_pb2.VolumePutFiles2Response.MissingBlock(
+                        file_index=index, block_index=number, put_url=url
                     )
+                )
         if missing:
             # Said now, because the client tries a block that finds no room again for minutes.
             size, free = sum(file.size for file in request.files), shutil.disk_usage(self._folder).free
-            if 2 * size + _SPARE > free:  # the blocks, and the files that are made of them
+            if size + _SPARE > free:
                 raise conflict(
                     f"No room for {size:,} bytes on this machine's disk: {self._folder} has {free:,} left."
                 )
             return api_pb2.VolumePutFiles2Response(missing_blocks=missing)
-        for file, target in zip(request.files, targets, strict=True):
-            await asyncio.to_thread(self._assemble, file, target)
-        for file in request.files:
-            for block in file.blocks:
-                if path := self._blobs.block(block.put_response):
-                    path.unlink(missing_ok=True)
+        files = [
+            Finished([b.put_response for b in file.blocks], file.size, file.mode & 0o777 or 0o644, target)
+            for file, target in zip(request.files, targets, strict=True)
+        ]
+        await asyncio.to_thread(self._uploads.finish, files)
         return api_pb2.VolumePutFiles2Response()
-
-    def _assemble(self, file: Any, target: Path) -> None:
-        """Put the file's blocks together beside `target`, then in its place in one step."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            with part.open("wb") as output:
-                for block in file.blocks:
-                    source = self._blobs.block(block.put_response)
-                    if source is None:
-                        raise conflict("A block of this upload is gone; upload the file again.")
-                    with source.open("rb") as data:
-                        shutil.copyfileobj(data, output, 1 << 20)
-                output.truncate(file.size)
-            part.chmod(file.mode & 0o777 or 0o644)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
 
     @rpc("VolumeGetFile2", differs="ranges start and end at whole blocks")
     async def get_file(self, request: Any, call: Call) -> Any:
@@ -209,11 +194,12 @@ class Volumes:
         urls = [self._blobs.url(f"/volume/{name}/{number}", call) for number in range(count)]
         return api_pb2.VolumeGetFile2Response(get_urls=urls, size=size, start=0, len=size)
 
-    def _read_block(self, name: str, number: int) -> bytes:
+    def _block(self, name: str, number: int) -> tuple[Path, int, int]:
+        """(file, offset, length) of one block of a Volume's file."""
         volume_id, _, path = name.partition("/")
-        with self.inside(volume_id, path).open("rb") as file:
-            file.seek(number * BLOCK)
-            return file.read(BLOCK)
+        place = self.inside(volume_id, path)
+        start = number * BLOCK
+        return place, start, max(0, min(BLOCK, place.stat().st_size - start))
 
     @rpc("VolumeListFiles2")
     async def list_files(self, request: Any, _call: Call) -> AsyncIterator[Any]:

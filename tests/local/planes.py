@@ -163,7 +163,7 @@ class TestPlane:
         return answer
 
     def logs(self, name: str, *options: str) -> str:
-        return self.modal("app", "logs", name, *options).stdout
+        return self.quick("app", "logs", name, *options).stdout
 
     def containers(self) -> list[str]:
         """The command lines of processes that belong to this plane's containers."""

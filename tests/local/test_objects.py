@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 def test_secrets(plane: TestPlane, tmp_path: Path) -> None:
     values = tmp_path / "values.json"
     values.write_text(json.dumps({"API_KEY": "s3cr3t-of-the-test", "OTHER": "x"}))
-    plane.modal("secret", "create", "from-file", "--from-json", str(values))
-    again = plane.modal("secret", "create", "from-file", "A=b", check=False)
+    plane.quick("secret", "create", "from-file", "--from-json", str(values))
+    again = plane.quick("secret", "create", "from-file", "A=b", check=False)
     assert again.returncode == 1
     assert "already exists" in again.stdout + again.stderr
-    plane.modal("secret", "create", "from-file", "--from-json", str(values), "--force")
+    plane.quick("secret", "create", "from-file", "--from-json", str(values), "--force")
     assert "from-file" in [s["name"] for s in plane.json("secret", "list")]
     # The values are in a file that only the user can read, and nowhere else.
     kept = [p for p in (plane.state_dir / "secrets").iterdir() if "s3cr3t-of-the-test" in p.read_text()]
@@ -38,7 +38,7 @@ def test_secrets(plane: TestPlane, tmp_path: Path) -> None:
     assert stat.S_IMODE(kept[0].stat().st_mode) == 0o600
     for name in ("plane.db", "plane.db-wal", "plane.log"):
         assert b"s3cr3t-of-the-test" not in (plane.state_dir / name).read_bytes()
-    plane.modal("secret", "delete", "from-file", "--yes")
+    plane.quick("secret", "delete", "from-file", "--yes")
     assert "from-file" not in [s["name"] for s in plane.json("secret", "list")]
     assert not kept[0].exists()
 
@@ -52,7 +52,7 @@ def test_a_secret_that_is_missing_or_lacks_a_key(plane: TestPlane) -> None:
     missing = ask(deployment_name="nowhere")
     assert missing.status is grpclib.Status.NOT_FOUND
     assert missing.message == "Secret 'nowhere' not found in environment 'main'."
-    plane.modal("secret", "create", "partial", "A=1")
+    plane.quick("secret", "create", "partial", "A=1")
     lacking = ask(deployment_name="partial", required_keys=["A", "B"])
     assert lacking.status is grpclib.Status.NOT_FOUND
     assert lacking.message == "Secret is missing key(s): B"
@@ -64,29 +64,29 @@ def test_a_secret_that_is_missing_or_lacks_a_key(plane: TestPlane) -> None:
 def test_volumes(plane: TestPlane, tmp_path: Path) -> None:
     big = tmp_path / "big.bin"
     big.write_bytes(os.urandom((20 << 20) + 17))  # three blocks
-    plane.modal("volume", "create", "things")
-    plane.modal("volume", "put", "things", str(big), "/deep/big.bin")
-    plane.modal("volume", "put", "things", "plain.py", "/a b#c%20.py")
-    assert plane.modal("volume", "put", "things", "plain.py", "/deep/big.bin", check=False).returncode == 2
+    plane.quick("volume", "create", "things")
+    plane.quick("volume", "put", "things", str(big), "/deep/big.bin")
+    plane.quick("volume", "put", "things", "plain.py", "/a b#c%20.py")
+    assert plane.quick("volume", "put", "things", "plain.py", "/deep/big.bin", check=False).returncode == 2
     names = [f["filename"] for f in plane.json("volume", "ls", "things")]
     assert sorted(names) == ["a b#c%20.py", "deep"]
-    plane.modal("volume", "get", "things", "deep/big.bin", str(tmp_path / "back.bin"))
+    plane.quick("volume", "get", "things", "deep/big.bin", str(tmp_path / "back.bin"))
     assert (tmp_path / "back.bin").read_bytes() == big.read_bytes()
-    plane.modal("volume", "get", "things", "a b#c%20.py", str(tmp_path / "odd.py"))
-    plane.modal("volume", "cp", "things", "deep/big.bin", "copy.bin")
-    plane.modal("volume", "rm", "things", "deep", "--recursive")
+    plane.quick("volume", "get", "things", "a b#c%20.py", str(tmp_path / "odd.py"))
+    plane.quick("volume", "cp", "things", "deep/big.bin", "copy.bin")
+    plane.quick("volume", "rm", "things", "deep", "--recursive")
     assert sorted(f["filename"] for f in plane.json("volume", "ls", "things")) == ["a b#c%20.py", "copy.bin"]
-    assert list((plane.state_dir / "blobs" / "blocks").iterdir()) == []
+    assert list((plane.state_dir / "volumes" / ".uploads").iterdir()) == []
     assert "things" in [v["name"] for v in plane.json("volume", "list")]
-    plane.modal("volume", "rename", "things", "stuff", "--yes")
-    plane.modal("volume", "delete", "stuff", "--yes")
+    plane.quick("volume", "rename", "things", "stuff", "--yes")
+    plane.quick("volume", "delete", "stuff", "--yes")
     assert "stuff" not in [v["name"] for v in plane.json("volume", "list")]
 
 
 def test_a_volume_is_at_its_path_in_the_container(plane: TestPlane) -> None:
     url = plane.deploy("writes", open=1, scaledown=2)
     plane.ready(f"{url}/who")
-    plane.modal("app", "stop", "writes", "--yes")
+    plane.quick("app", "stop", "writes", "--yes")
     assert [f["filename"] for f in plane.json("volume", "ls", "writes-data")] == ["exits"]
 
 
@@ -168,24 +168,24 @@ def test_blob_urls_are_signed(plane: TestPlane) -> None:
 
 
 def test_environments_are_separate(plane: TestPlane) -> None:
-    plane.modal("environment", "create", "dev")
+    plane.quick("environment", "create", "dev")
     assert sorted(e["name"] for e in plane.json("environment", "list")) == ["dev", "main"]
-    plane.modal("secret", "create", "only-dev", "A=1", "-e", "dev")
+    plane.quick("secret", "create", "only-dev", "A=1", "-e", "dev")
     assert "only-dev" not in [s["name"] for s in plane.json("secret", "list")]
     assert [s["name"] for s in plane.json("secret", "list", "-e", "dev")] == ["only-dev"]
     first = plane.deploy("twice", open=1)
     second = plane.deploy("twice", "-e", "dev", open=1)
     assert first != second
     assert [a["description"] for a in plane.json("app", "list", "-e", "dev")] == ["twice"]
-    plane.modal("app", "stop", "twice", "-e", "dev", "--yes")
+    plane.quick("app", "stop", "twice", "-e", "dev", "--yes")
     assert http(first).status == 503
-    plane.modal("app", "stop", "twice", "--yes")
-    unknown = plane.modal("app", "list", "-e", "nowhere", check=False)
+    plane.quick("app", "stop", "twice", "--yes")
+    unknown = plane.quick("app", "list", "-e", "nowhere", check=False)
     assert unknown.returncode == 1
     assert "Environment 'nowhere' not found" in unknown.stdout + unknown.stderr
     deploy = plane.modal("deploy", "plain.py", "-e", "nowhere", check=False, T_NAME="x")
     assert deploy.returncode == 1
-    plane.modal("environment", "delete", "dev", "--yes")
+    plane.quick("environment", "delete", "dev", "--yes")
     assert [e["name"] for e in plane.json("environment", "list")] == ["main"]
 
 
@@ -206,8 +206,8 @@ def test_logs_are_filtered(plane: TestPlane) -> None:
     assert "listening" in plane.logs("talks", "--since", "1h")
     assert plane.logs("talks", "--since", "2h", "--until", "1h") == ""
     assert task in plane.logs("talks", "--show-container-id", "--timestamps")
-    assert "listening" in plane.modal("container", "logs", task).stdout
-    plane.modal("app", "stop", "talks", "--yes")
+    assert "listening" in plane.quick("container", "logs", task).stdout
+    plane.quick("app", "stop", "talks", "--yes")
     assert plane.logs("talks", "--source", "system") == "app stopped\n"
 
 
@@ -216,7 +216,7 @@ def test_many_lines_come_out_in_order(plane: TestPlane) -> None:
     plane.ready(f"{url}/who")
     log = plane.logs("chats", "--tail", "2", "--source", "stdout")
     assert log.splitlines() == ["enter: version 1", "listening"]
-    plane.modal("app", "stop", "chats", "--yes")
+    plane.quick("app", "stop", "chats", "--yes")
 
 
 # ---- apps
@@ -225,11 +225,11 @@ def test_many_lines_come_out_in_order(plane: TestPlane) -> None:
 def test_history_tags_and_what_is_refused(plane: TestPlane) -> None:
     plane.deploy("story", "--tag", "first", open=1)
     plane.deploy("story", open=1, version=2)
-    plane.modal("app", "rollback", "story")
+    plane.quick("app", "rollback", "story")
     rows = plane.json("app", "history", "story")
     assert [row["version"] for row in rows] == ["v3", "v2", "v1"]
     assert rows[-1]["tag"] == "first"
-    plane.modal("app", "stop", "story", "--yes")
+    plane.quick("app", "stop", "story", "--yes")
     for app, words in (("web.py", "is a web function"), ("nosecret.py", "Secret 'not-there' not found")):
         done = plane.modal("deploy", app, check=False)
         assert done.returncode == 1, app
@@ -244,7 +244,7 @@ def test_what_differs_is_said_when_deploying(plane: TestPlane) -> None:
     said = " ".join((done.stdout + done.stderr).split())
     assert "nightly: its schedule does not fire" in said
     assert "Served: GPU H100:2 or A100-80GB:1 asked for" in said
-    plane.modal("app", "stop", "t-differs", "--yes")
+    plane.quick("app", "stop", "t-differs", "--yes")
 
 
 def test_an_upload_that_finds_no_room_is_refused_before_it_begins(plane: TestPlane) -> None:

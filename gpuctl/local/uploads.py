@@ -1,0 +1,169 @@
+"""Uploads of Volume files: their blocks, written in any order, each where it belongs. Imports wire's errors only.
+
+The client sends the blocks of a file at once and in any order. Each goes to its own place in a file that becomes the
+Volume's by a rename when all are there: nothing is written twice, and nobody sees half of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gpuctl.local.wire import conflict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+BLOCK = 8 << 20  # the client's block size of version 2 Volumes
+_IDLE_SECONDS = 3600.0  # an upload that nothing was heard of for so long is given up
+
+
+@dataclass
+class _Upload:
+    path: Path
+    heard_at: float
+    lengths: dict[int, int] = field(default_factory=dict)  # of the blocks that have arrived
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A file to make of blocks that have arrived, by the names that `name_of` gave them."""
+
+    blocks: Sequence[bytes]
+    size: int
+    mode: int
+    target: Path
+
+
+class Uploads:
+    """Files under way in `folder`, which lies on the Volumes' own disk. What an earlier plane left there is removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._uploads: dict[str, _Upload] = {}
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+
+    def begin(self) -> str:
+        """A new file; returns its name here."""
+        now = time.monotonic()
+        for name, upload in list(self._uploads.items()):
+            if now - upload.heard_at > _IDLE_SECONDS:
+                self._drop(name)
+        name = secrets.token_hex(16)
+        path = self._folder / name
+        path.touch(0o600)
+        self._uploads[name] = _Upload(path, now)
+        return name
+
+    def name_of(self, upload: str, index: int) -> bytes:
+        return f"{upload}.{index}".encode()
+
+    def has(self, block: bytes) -> bool:
+        upload, index = self._find(block)
+        return upload is not None and index in upload.lengths
+
+    def _find(self, block: bytes) -> tuple[_Upload | None, int]:
+        name, _, number = block.decode("ascii", errors="replace").partition(".")
+        return self._uploads.get(name), int(number) if number.isdecimal() else -1
+
+    def writer(self, upload: str, index: int) -> BlockWriter | None:
+        """Where the bytes of a block go; None for an upload that is not (or no longer) under way."""
+        found = self._uploads.get(upload)
+        return None if found is None else BlockWriter(found, index)
+
+    def finish(self, files: Sequence[Finished]) -> None:
+        """Put the files in their places. Raises CONFLICT when a block is not there any more, and OSError."""
+        ready: list[tuple[str, Finished]] = []
+        for file in files:
+            if not all(self.has(block) for block in file.blocks):
+                raise conflict("A block of this upload is gone; upload the file again.")
+        try:
+            for file in files:
+                ready.append((self._gather(file, {name for name, _ in ready}), file))
+            for name, file in ready:
+                path = self._uploads[name].path
+                os.truncate(path, file.size)  # blocks come without the zeros at their end
+                path.chmod(file.mode)
+                file.target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(file.target)
+        finally:
+            used = {block.decode().partition(".")[0] for file in files for block in file.blocks}
+            for name in used | {name for name, _ in ready}:
+                self._drop(name)
+
+    def _gather(self, file: Finished, taken: set[str]) -> str:
+        """The upload that holds the whole file, made so: equal blocks were sent once, perhaps for another file."""
+        home = ""
+        for index, block in enumerate(file.blocks):
+            name, _, number = block.decode().partition(".")
+            if int(number) == index and name not in taken:
+                home = name
+                break
+        home = home or self.begin()
+        for index, block in enumerate(file.blocks):
+            if block != self.name_of(home, index):
+                source, place = self._find(block)
+                assert source is not None
+                target = self._uploads[home].path
+                _copy(source.path, place * BLOCK, target, index * BLOCK, source.lengths[place])
+        return home
+
+    def _drop(self, name: str) -> None:
+        if upload := self._uploads.pop(name, None):
+            upload.path.unlink(missing_ok=True)
+
+
+class BlockWriter:
+    """Takes one block in, piece by piece; `add` may run in a thread."""
+
+    def __init__(self, upload: _Upload, index: int) -> None:
+        self._upload = upload
+        self._index = index
+        self._descriptor = os.open(upload.path, os.O_WRONLY)
+        self._length = 0
+        self._hash = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        """Raises OSError when there is no room, ValueError when it is more than a block."""
+        if self._length + len(data) > BLOCK:
+            raise ValueError(f"a block has at most {BLOCK} bytes")
+        self._hash.update(data)
+        at = self._index * BLOCK + self._length
+        self._length += len(data)
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(self._descriptor, rest, at)
+            at, rest = at + written, rest[written:]
+
+    def commit(self, sha256_hex: str) -> bool:
+        """Whether it was the block with this hash; then it counts as arrived."""
+        self._upload.heard_at = time.monotonic()
+        if self._hash.hexdigest() != sha256_hex:
+            return False
+        self._upload.lengths[self._index] = self._length
+        return True
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _copy(source: Path, start: int, target: Path, at: int, length: int) -> None:
+    with source.open("rb") as read, target.open("r+b") as write:
+        while length:
+            copied = 0
+            with contextlib.suppress(OSError):
+                copied = os.copy_file_range(read.fileno(), write.fileno(), length, start, at)
+            if not copied:
+                data = os.pread(read.fileno(), min(length, 1 << 20), start)
+                if not data:
+                    return
+                copied = os.pwrite(write.fileno(), data, at)
+            start, at, length = start + copied, at + copied, length - copied
