@@ -575,11 +575,25 @@ def _pip(python: str, base_python: str) -> list[str]:
     )
 
 
+# A program of this machine's ends with the plane, as containers do: the kernel kills it, however the plane ended.
+# Otherwise an installer would go on writing to the folder that the next plane's build begins anew.
+_ENDS_WITH_PLANE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+if os.getppid() == int(sys.argv[1]):
+    try:
+        os.execvp(sys.argv[2], sys.argv[2:])
+    except OSError as error:
+        sys.exit(f"{sys.argv[2]}: {error.strerror}")
+"""
+
+
 async def _run(
     argv: list[str], *, log: Log, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> None:
     """Run a command of this machine's, its output to `log`. Raises ImageBuildError when it fails."""
     process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-S", "-c", _ENDS_WITH_PLANE, str(os.getpid())),
         *argv,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

@@ -19,7 +19,14 @@ from modal_proto import api_pb2
 from gpuctl.local import sandbox, sockets
 from gpuctl.local.containers import Container, ContainerRuntime, ContainerSpec, FileBind, VolumeBind
 from gpuctl.local.egress import _is_this_machine
-from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore, _interpreter_behind, find_python
+from gpuctl.local.images import (
+    BuiltImage,
+    ImageBuildError,
+    ImageStore,
+    _interpreter_behind,
+    _run,
+    find_python,
+)
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 BASE = [f"FROM python:{PYTHON}.1-slim-bookworm", "RUN apt-get update", "RUN apt-get install -y gcc"]
@@ -368,6 +375,28 @@ asyncio.run(main())
     runtime = ContainerRuntime(tmp_path / "state" / "run", socket_folder(tmp_path), on_log=lambda *_: None)
     runtime.sweep()
     assert list((tmp_path / "state" / "run").iterdir()) == []
+
+
+def test_an_installer_ends_with_a_plane_that_is_killed() -> None:
+    marker = f"installer-{os.getpid()}"
+    program = f"""
+import asyncio, sys
+from gpuctl.local.images import _run
+code = "import time; print('installing', flush=True); time.sleep(600)"
+asyncio.run(_run([sys.executable, "-c", code, {marker!r}], log=lambda text: print(text, end="", flush=True)))
+"""
+    plane = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert plane.stdout is not None
+    assert plane.stdout.readline() == "installing\n"
+    assert len(processes(f"time.sleep(600)\0{marker}")) == 1
+    plane.kill()
+    plane.wait()
+    asyncio.run(wait_for(lambda: not processes(f"time.sleep(600)\0{marker}")))
+
+
+def test_an_installer_that_is_not_there_is_told() -> None:
+    with pytest.raises(ImageBuildError, match="/nowhere/pip: No such file or directory"):
+        asyncio.run(_run(["/nowhere/pip", "install"], log=lambda _: None))
 
 
 def processes(marker: str) -> list[str]:
