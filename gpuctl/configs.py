@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import catalog, safetensors
-from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.specs.model import ModelRef
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from gpuctl.repos import Described
 
+NOTHING = "nothing"  # the source of what is not known
 _LONGEST_CONFIG = 4 * 2**20  # bytes; the longest one seen has 60 kB
 
 
@@ -70,6 +71,27 @@ def of_ref(ref: ModelRef, *, online: bool = True) -> Found:
     if not online:
         return _of_cache(ref) or known or _nothing(ref)
     return _of_hub(ref, ref.repo, known)
+
+
+def of_deployment(ref: ModelRef, commit: str | None, *, force: bool = False) -> Found:
+    """What is about to be deployed, at its exact commit: what cannot be learnt of it is no reason not to deploy it.
+
+    What is no model at all is one, unless it is forced.
+    """
+    import dataclasses
+
+    if ref.repo is None or (ref.alias is not None and ref.revision is None):
+        known = _of_catalogue(ref) if ref.repo is not None else _tiny(ref)
+        if known is not None:
+            return known
+    from gpuctl.repos import GatedError
+
+    try:
+        return of_ref(dataclasses.replace(ref, revision=commit or ref.revision))
+    except GpuctlError as error:
+        if error.exit_code == EXIT_USAGE and not force and not isinstance(error, GatedError):
+            raise
+        return _noted(_nothing(ref), _said(error))
 
 
 # -- a folder, or a config.json
@@ -182,9 +204,16 @@ def _reference(text: str) -> ModelRef:
     return ModelRef.parse(text)
 
 
+# What templates/serve/tiny.py.jinja makes; a test holds the two together.
+_TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 8679,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "head_dim": 32, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
 def _tiny(ref: ModelRef) -> Found:
-    config = _catalogue_config("gpuctl/tiny")
-    return Found(ref.title, None, None, config or {}, None, None, None, "the catalogue")
+    return Found(ref.title, None, None, _TINY, None, None, None, "what gpuctl makes it of")
 
 
 def _of_catalogue(ref: ModelRef) -> Found | None:
@@ -223,7 +252,7 @@ def _nothing(ref: ModelRef) -> Found:
         parameters=None,
         weight_bytes=None,
         pipeline=None,
-        source="nothing",
+        source=NOTHING,
     )
 
 

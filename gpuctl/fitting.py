@@ -108,7 +108,7 @@ def assess_spec(spec: FitSpec) -> tuple[Found, Assessment, Rates]:
         concurrency=spec.concurrency,
         judge=judge_with(spec.engine_version),
         cards=cards(rates),
-        siblings=siblings_of(found),
+        siblings=lambda: siblings_of(found),
         drop_unfit=spec.drop_unfit,
     )
     return found, assessment, rates
@@ -231,6 +231,18 @@ def many(concurrency: int | None) -> int | None:
     return concurrency if concurrency is not None and concurrency > _LEAST_DEFAULT_SEQS else None
 
 
+def wanted(ask: Ask, own_context: int | None, concurrency: int | None) -> str:
+    """What is to fit at once, in words; `concurrency`: as asked."""
+    planned = min(context for context in (PLANNED_CONTEXT, ask.context, own_context) if context is not None)
+    if concurrency is not None:
+        each = f"{ask.context or planned:,} tokens"
+        return f"one request of {each}" if concurrency == 1 else f"{concurrency:,} requests of {each} at once"
+    many_short = f"{PLANNED_CONCURRENCY} requests of {planned:,} tokens at once"
+    if ask.context is not None and ask.context > planned:
+        return f"one request of {ask.context:,} tokens, or {many_short}"
+    return many_short
+
+
 def requests_of(ask: Ask, concurrency: int | None) -> int:
     """How many requests at once, of the context that a `Candidate` counts them in, are all that was asked."""
     if concurrency is not None:
@@ -254,7 +266,7 @@ def assess(
     concurrency: int | None,
     judge: Judge,
     cards: Mapping[str, Card],
-    siblings: Sequence[tuple[str, ModelFacts]] = (),
+    siblings: Callable[[], Sequence[tuple[str, ModelFacts]]] = tuple,
     most_gpus: int | None = None,
     drop_unfit: bool = False,
 ) -> Assessment:
@@ -447,7 +459,7 @@ def _changes(
     request: GpuRequest | None,
     ask: Ask,
     judged: Callable[..., Candidate],
-    siblings: Sequence[tuple[str, ModelFacts]],
+    siblings: Callable[[], Sequence[tuple[str, ModelFacts]]],
     most_gpus: int | None,
     enough: int,
 ) -> Iterator[Change]:
@@ -466,7 +478,7 @@ def _changes(
         other = cheapest(facts, ask, every)
         if other is not None:
             yield Change(f"on {other[0]}", other[0], None, None, other[1])
-    for name, sibling in siblings:
+    for name, sibling in siblings():
         if ask.context is not None and sibling.own_context is not None and ask.context > sibling.own_context:
             continue
         other = cheapest(sibling, ask, every)

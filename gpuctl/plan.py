@@ -1,6 +1,6 @@
 """What will be done: the rendered source, what it costs, and what to say before.
 
-May import: cost, prices (its values), render, catalog, specs, target.
+May import: configs (its values), cost, prices (its values), render, catalog, specs, target, verdicts.
 
 Pure: no network, and no disk but the templates and the catalogue. `--dry-run` shows the same plan that a deploy
 executes, so the preview cannot lie.
@@ -20,11 +20,14 @@ from gpuctl.prices import from_catalogue
 from gpuctl.render import engine_args, render_serve
 from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
 from gpuctl.target import Target
+from gpuctl.verdicts import settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from gpuctl.cli.console import Console
+    from gpuctl.configs import Found
+    from gpuctl.fit.values import Candidate
     from gpuctl.prices import Rates
     from gpuctl.specs.serve import ServeSpec
 
@@ -39,7 +42,8 @@ _ONLY_TALK_WITH_VALUE = {"--render"}
 class Plan:
     """A decided deployment. `argv` is the command that heads the file.
 
-    `notes` and `warnings` are said before anything happens; `cost` is None where nothing is charged.
+    `notes` and `warnings` are said before anything happens; `cost` is None where nothing is charged; `candidates` are
+    the verdicts on the GPUs that may be handed out.
     """
 
     spec: ServeSpec
@@ -48,6 +52,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     cost: Cost | None
+    candidates: tuple[Candidate, ...]
     argv: tuple[str, ...]
 
     def tell(self, console: Console) -> None:
@@ -59,23 +64,31 @@ class Plan:
 
 
 def plan_serve(
-    spec: ServeSpec, *, argv: Sequence[str], revision: str | None = None, rates: Rates | None = None
+    spec: ServeSpec,
+    found: Found,
+    *,
+    argv: Sequence[str],
+    revision: str | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
-    """Decide. `argv`: the user's command line; `revision`: the exact commit, where it has been resolved.
+    """Decide. `found`: what is known of the model; `argv`: the user's command line; `revision`: the exact commit,
+    where it has been resolved; `rates`: the prices to reckon with, None: the catalogue's.
 
-    `rates`: the prices to reckon with; None: the catalogue's.
+    A usage error where the model does not fit on a GPU that was asked for.
     """
+    rates = rates or from_catalogue("nobody was asked")
+    settled = settle(spec, found, rates, argv=list(command_of(argv, spec.target)))
+    spec = settled.spec
     if revision is not None:
         spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, revision=revision))
     command = tuple(command_of(argv, spec.target))
     cost = lowered = None
     gpu = spec.gpu
     if gpu is not None and spec.target is not Target.LOCAL:
-        rates = rates or from_catalogue("nobody was asked")
         spec, lowered = within(spec, gpu.choices, rates)
         cost = cost_of(spec, gpu.choices, rates)
-    source = render_serve(spec, argv=command)
-    notes = list(_notes(spec))
+    source = render_serve(spec, argv=command, head=settled.head)
+    notes = [*_notes(spec), *found.notes, *settled.notes]
     if lowered:
         notes.append(lowered)
     if cost is not None:
@@ -85,8 +98,9 @@ def plan_serve(
         source=source,
         digest=hashlib.sha256(source.encode()).hexdigest(),
         notes=tuple(notes),
-        warnings=() if cost is None else tuple(cost.warnings()),
+        warnings=(*settled.warnings, *(() if cost is None else cost.warnings())),
         cost=cost,
+        candidates=settled.candidates,
         argv=command,
     )
 

@@ -35,13 +35,13 @@ class Code(str):
     __slots__ = ()
 
 
-def render_serve(spec: ServeSpec, *, argv: Sequence[str]) -> str:
-    """The module that serves `spec`, headed by the command `argv` (without the program's name)."""
+def render_serve(spec: ServeSpec, *, argv: Sequence[str], head: Sequence[str] = ()) -> str:
+    """The module that serves `spec`, headed by the command `argv` (without the program's name) and what was decided."""
     build = spec.engine_build
     tiny = spec.model.repo is None
     local = spec.target is Target.LOCAL
     context = {
-        "header": header(argv),
+        "header": header(argv, head),
         "tiny": tiny,
         "name": spec.name,
         "model": spec.model.title,
@@ -50,7 +50,8 @@ def render_serve(spec: ServeSpec, *, argv: Sequence[str]) -> str:
         "served_names": spec.model.served_names,
         "vllm_version": spec.vllm_version,
         "gpus": [str(choice) for choice in spec.gpu.choices] if spec.gpu else [],
-        "tensor_parallel": 1 if local or spec.gpu is None else spec.gpu.tensor_parallel,
+        "tensor_parallel": 1 if local or spec.gpu is None else tensor_parallel(spec),
+        "pipeline_parallel": spec.pipeline_parallel,
         "gpu_memory_utilization": None
         if gives(spec.engine_args, GPU_MEMORY_UTILIZATION)
         else build.gpu_memory_utilization,
@@ -82,6 +83,12 @@ def render_serve(spec: ServeSpec, *, argv: Sequence[str]) -> str:
     return _environment().get_template("serve/vllm.py.jinja").render(context)
 
 
+def tensor_parallel(spec: ServeSpec) -> int | None:
+    """How many GPUs each layer is split over; None: only the container knows how many it has."""
+    count = None if spec.gpu is None else spec.gpu.tensor_parallel
+    return None if count is None else count // spec.pipeline_parallel
+
+
 def engine_args(spec: ServeSpec, build: catalog.Build) -> list[str]:
     """The arguments that gpuctl gives the engine of itself, with this build."""
     return list(dict.fromkeys([*build.args, *(_TINY_ARGS if spec.model.repo is None else ())]))
@@ -104,14 +111,15 @@ def literal(value: object) -> str:
     raise TypeError(f"no literal for {type(value).__name__}: {value}")
 
 
-def header(argv: Sequence[str]) -> Code:
-    """Comment lines with the command that made the file, on one line, whatever the arguments hold.
+def header(argv: Sequence[str], head: Sequence[str] = ()) -> Code:
+    """Comment lines with the command that made the file, on one line, whatever the arguments hold, and `head`.
 
     The command stands on the third line: in the first two, a comment that holds `coding:` would choose the encoding
     of the file (PEP 263).
     """
     command = " ".join(["gpuctl", *map(shell_word, argv)])
-    return Code(f"# Made with gpuctl {__version__}, by this command:\n#\n#     {command}")
+    decided = "".join(f"\n#\n# {line}" for text in head for line in [text])
+    return Code(f"# Made with gpuctl {__version__}, by this command:\n#\n#     {command}{decided}")
 
 
 def shell_word(text: str) -> str:

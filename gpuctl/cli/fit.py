@@ -177,18 +177,10 @@ def _about_model(assessment: Assessment) -> str:
 
 
 def _about_ask(spec: FitSpec, assessment: Assessment) -> str:
-    from gpuctl.fitting import PLANNED_CONCURRENCY, PLANNED_CONTEXT
+    from gpuctl.fitting import wanted
 
-    ask = assessment.ask
-    own = assessment.facts.own_context
-    planned = min(context for context in (PLANNED_CONTEXT, ask.context, own) if context is not None)
-    if spec.concurrency is not None:
-        wanted = f"{spec.concurrency} requests of {ask.context or planned:,} tokens at once"
-    else:
-        wanted = f"{PLANNED_CONCURRENCY} requests of {planned:,} tokens at once"
-        if ask.context is not None and ask.context > planned:
-            wanted = f"one request of {ask.context:,} tokens, or {wanted}"
-    return f"Planned for {wanted}, with vLLM {spec.engine_version}."
+    what = wanted(assessment.ask, assessment.facts.own_context, spec.concurrency)
+    return f"Planned for {what}, with vLLM {spec.engine_version}."
 
 
 def _few(assessment: Assessment) -> list[Candidate]:

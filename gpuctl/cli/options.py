@@ -68,7 +68,8 @@ def complete_gpu(incomplete: str) -> list[tuple[str, str]]:
     from gpuctl import catalog
 
     before, comma, last = incomplete.rpartition(",")
-    return [
+    auto = [("auto", "the cheapest that fits")] if not comma and "auto".startswith(last.lower()) else []
+    return auto + [
         (f"{before}{comma}{gpu.name}", f"{gpu.vram_gib} GiB, at most {gpu.max_count}")
         for gpu in catalog.gpus().values()
         if gpu.name.startswith(last.upper())

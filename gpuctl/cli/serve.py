@@ -55,10 +55,19 @@ def serve(
         typer.Option(
             metavar="GPU",
             help="The GPU: H100, H100:2 (two in one container), H100! (nothing better in its place), "
-            "H100,A100-80GB:2 (in order of preference), or any. Required without --local.",
+            "H100,A100-80GB:2 (in order of preference), any, or auto: the cheapest that fits. "
+            "[default: auto; with --local none]",
             autocompletion=complete_gpu,
+            show_default=False,
         ),
     ] = None,
+    drop_unfit: Annotated[
+        bool, typer.Option("--drop-unfit", help="Leave out of --gpu those on which the model does not fit.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Deploy on GPUs on which, by the arithmetic, the model does not fit."),
+    ] = False,
     name: Annotated[
         str | None, text("NAME", "Name of the App. [default: the alias, or the model's own name]")
     ] = None,
@@ -91,7 +100,10 @@ def serve(
         number("Seconds without a request after which a container ends, 2 to 3600. [default: 300]"),
     ] = None,
     max_model_len: Annotated[
-        str | None, number("Most tokens of question and answer together. [default: the model's own]")
+        str | None,
+        number(
+            "Most tokens of question and answer together. [default: the longest that fits, up to the model's own]"
+        ),
     ] = None,
     cpu: Annotated[str | None, text("CORES", "Cores to reserve, or REQUEST,LIMIT.")] = None,
     memory: Annotated[str | None, text("MIB", "Memory to reserve in MiB, or REQUEST,LIMIT.")] = None,
@@ -181,6 +193,7 @@ def serve(
     Without --local it is deployed to Modal; with it, the same file to the control plane of this machine.
     """
     from gpuctl.cli.console import Console
+    from gpuctl.configs import NOTHING, of_deployment, of_ref
     from gpuctl.plan import plan_serve
     from gpuctl.prices import rates
     from gpuctl.specs.serve import ServeSpec
@@ -190,6 +203,8 @@ def serve(
     spec = ServeSpec.from_options(
         model=model,
         gpu=gpu,
+        drop_unfit=drop_unfit,
+        force=force,
         name=name,
         concurrency=concurrency,
         min_containers=min_containers,
@@ -223,8 +238,9 @@ def serve(
     argv = argv_of(ctx)
     console = Console(quiet=quiet, verbose=verbose, json=json)
 
+    known = of_ref(spec.model, online=False)
     if dry_run or render:
-        plan = plan_serve(spec, argv=argv, rates=rates(spec.target))
+        plan = plan_serve(spec, known, argv=argv, rates=rates(spec.target))
         if render:
             _write(render, plan.source)
         plan.tell(console)
@@ -236,6 +252,10 @@ def serve(
     if unset:
         raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
 
+    # What cannot fit is refused before anybody is asked anything, where nobody need be asked to know.
+    if known.source != NOTHING and (spec.model.alias or spec.model.pinned):
+        plan_serve(spec, known, argv=argv, rates=rates(spec.target))
+
     from gpuctl.deploy import check_tools, execute
     from gpuctl.hub import resolve_revision
 
@@ -243,9 +263,14 @@ def serve(
     check_tools(spec.target)
     revision = None if repo is None else resolve_revision(repo, spec.model.revision)
     runner = runner_of(ctx)
+    found = of_deployment(spec.model, revision, force=spec.force)
     execute(
         plan_serve(
-            spec, argv=argv, revision=revision, rates=rates(spec.target, runner=runner, console=console)
+            spec,
+            found,
+            argv=argv,
+            revision=revision,
+            rates=rates(spec.target, runner=runner, console=console),
         ),
         runner=runner,
         console=console,

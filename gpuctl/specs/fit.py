@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gpuctl import catalog
 from gpuctl.errors import usage_error
-from gpuctl.specs.gpu import ANY, GpuRequest
+from gpuctl.specs.gpu import ANY, AUTO, GpuRequest
 from gpuctl.specs.reader import Reader
 
 # As vLLM 0.32.0 spells them (`vllm/config/model.py`, `config/cache.py`); "auto" is what the model has.
@@ -58,7 +58,7 @@ class FitSpec:
     ) -> FitSpec:
         """Check what was typed (texts as they came; None: not given)."""
         read = Reader()
-        every = gpu is not None and gpu.strip().lower() == "auto"
+        every = gpu is not None and gpu.strip().lower() == AUTO
         request = None if gpu is None or every else read.parsed(GpuRequest.parse, gpu)
         tokens = read.optional_whole("--context", context, unit="tokens")
         at_once = read.optional_whole("--concurrency", concurrency, unit="requests")

@@ -5,6 +5,8 @@
     type     = a name of catalog/gpus.toml, in any case; "A10G" is A10
              | "any"                         whatever is free; no count
 
+`auto`, which stands alone, is no GPU but the wish that one be chosen: the verbs that take it look for it before.
+
 The client of Modal checks none of this, and the server refuses late; so it is checked here.
 """
 
@@ -18,6 +20,7 @@ from gpuctl import catalog
 from gpuctl.errors import GpuctlError, usage_error
 
 ANY = "any"
+AUTO = "auto"
 _SYNONYMS = {"A10G": "A10"}
 _COUNT = re.compile(r"[0-9]{1,6}", re.ASCII)
 
@@ -103,6 +106,8 @@ def _choice(part: str, *, of_many: bool) -> GpuChoice:
 
 
 def _unknown(name: str) -> str:
+    if name.lower() == AUTO:
+        return f"{AUTO!r} stands alone: it is the wish that one be chosen"
     if name.upper() == "B300":
         return "B300 has no name of its own: use B200+, which gives a B200 or a B300, billed as a B200"
     names = list(catalog.gpus())

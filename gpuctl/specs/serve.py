@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from gpuctl import catalog
 from gpuctl.errors import usage_error
 from gpuctl.specs import names
-from gpuctl.specs.engine_args import RESERVED, check_engine_args
-from gpuctl.specs.gpu import GpuRequest
+from gpuctl.specs.engine_args import RESERVED, check_engine_args, memory_args
+from gpuctl.specs.gpu import AUTO, GpuRequest
 from gpuctl.specs.model import ModelRef
 from gpuctl.specs.reader import MOST, WHOLE, Reader, repeated
 from gpuctl.target import Target
@@ -74,12 +74,20 @@ class Amount:
 
 @dataclass(frozen=True)
 class ServeSpec:
-    """A valid request to serve a model. Seconds and MiB; None: left to Modal's or the engine's own default."""
+    """A valid request to serve a model. Seconds and MiB; None: left to Modal's or the engine's own default.
+
+    `gpu` is None where there is none, or where it is yet to be chosen (`auto`). `concurrency_asked`: whether that was
+    asked, and is no default.
+    """
 
     name: str
     model: ModelRef
     gpu: GpuRequest | None
+    auto: bool
+    drop_unfit: bool
+    force: bool
     concurrency: int
+    concurrency_asked: bool
     min_containers: int
     max_containers: int
     buffer_containers: int | None
@@ -114,6 +122,8 @@ class ServeSpec:
         *,
         model: str,
         gpu: str | None = None,
+        drop_unfit: bool = False,
+        force: bool = False,
         name: str | None = None,
         concurrency: str | None = None,
         min_containers: str | None = None,
@@ -147,12 +157,10 @@ class ServeSpec:
         """Check what was typed (texts as they came; None: not given) and put the defaults in."""
         read = _Reader()
         model_ref = read.parsed(ModelRef.parse, model)
-        gpu_request = None if gpu is None else read.parsed(GpuRequest.parse, gpu)
-        if gpu is None and target is Target.MODAL:
-            read.problem(
-                "--gpu: required, for example --gpu H100; to run without a GPU, use --local"
-                + (" before the --: what follows that goes to vLLM" if "--local" in engine_args else "")
-            )
+        auto = target is Target.MODAL if gpu is None else gpu.strip().lower() == AUTO
+        gpu_request = None if gpu is None or auto else read.parsed(GpuRequest.parse, gpu)
+        if "--local" in engine_args:
+            read.problem("-- --local: use --local before the --: what follows that goes to vLLM")
         read.rule("--name", name, names.app_name)
         read.rule("--env", env, names.environment_name)
         read.rule("--deploy-tag", deploy_tag, lambda text: names.tag(text, longest=50))
@@ -212,7 +220,11 @@ class ServeSpec:
             name=name if name is not None else model_ref.default_name,
             model=model_ref,
             gpu=gpu_request,
+            auto=auto,
+            drop_unfit=drop_unfit,
+            force=force,
             concurrency=at_once,
+            concurrency_asked=concurrency is not None,
             min_containers=least,
             max_containers=most,
             buffer_containers=buffer,
@@ -241,6 +253,12 @@ class ServeSpec:
             engine_args=tuple(engine_args),
             target=target,
         )
+
+    @property
+    def pipeline_parallel(self) -> int:
+        """Stages that the model's layers are dealt out to, as the engine's arguments say."""
+        text = memory_args(self.engine_args).pipeline_parallel
+        return int(text) if text is not None and text.isdecimal() and int(text) > 0 else 1
 
     @property
     def engine_build(self) -> catalog.Build:

@@ -97,7 +97,7 @@ def test_no_arguments_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[
         (["stop", "../main/x", "--local"], "no deployment named '../main/x' on this machine"),
         (["stop", "x", "--local"], "no deployment named 'x' on this machine"),
         (["ps"], "modal setup"),
-        (["serve", "qwen3", "--gpu", "T4", "--yes"], "modal setup"),  # before the hub is asked
+        (["serve", "qwen3", "--gpu", "L40S", "--yes"], "modal setup"),  # before the hub is asked
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(

@@ -11,6 +11,7 @@ import pytest
 
 from fakes import DEPLOYED_LINES, FakeRunner, chat_answer, endpoint
 from gpuctl.cli.console import Console
+from gpuctl.configs import of_ref
 from gpuctl.deploy import deploy_error, execute
 from gpuctl.errors import GpuctlError
 from gpuctl.modal_cli import Completed, ModalEnv
@@ -36,7 +37,7 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def a_plan(*, target: Target = Target.LOCAL, **options: object) -> Plan:
     spec = ServeSpec.from_options(model="tiny", target=target, **options)  # type: ignore[arg-type]
-    return plan_serve(spec, argv=("serve", "tiny", "--local"))
+    return plan_serve(spec, of_ref(spec.model), argv=("serve", "tiny", "--local"))
 
 
 def printed(url: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gpuctl import catalog
+from gpuctl.configs import of_ref
 from gpuctl.plan import Plan, command_of, plan_serve
 from gpuctl.specs.serve import ServeSpec
 from gpuctl.target import Target
@@ -18,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 def plan(revision: str | None = None, **options: Any) -> Plan:
     spec = ServeSpec.from_options(**{"model": "qwen3", "gpu": "H100"} | options)
-    return plan_serve(spec, argv=["serve", "qwen3"], revision=revision)
+    return plan_serve(spec, of_ref(spec.model, online=False), argv=["serve", "qwen3"], revision=revision)
 
 
 def notes(**options: Any) -> str:
@@ -81,7 +82,7 @@ def test_what_differs_locally_is_said() -> None:
     [
         {"gpu": "H100:2"},
         {"gpu": "H100:2,L4"},
-        {"gpu": "L4", "engine_args": ["--gpu-memory-utilization=0.5", "--enforce-eager"]},
+        {"gpu": "L40S", "engine_args": ["--gpu-memory-utilization=0.5", "--enforce-eager"]},
         {"model": "tiny", "gpu": None},
     ],
 )
@@ -134,7 +135,7 @@ def test_a_plan_that_was_lowered_is_rendered_lowered() -> None:
 
 def test_other_warnings() -> None:
     assert "whoever has the URL" in notes(auth=False)
-    assert "--gpu any" in notes(gpu="any")
+    assert "--gpu any" in notes(gpu="any", model="tiny")
     assert "suits vLLM since 0.20.0" in notes(vllm_version="0.9.2")
     assert "suits vLLM" not in notes(vllm_version="0.31.0")
     assert "not an exact version" in notes(pip=["einops"])

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpuctl import render
+from gpuctl.configs import of_ref
 from gpuctl.errors import GpuctlError
 from gpuctl.plan import plan_serve
 from gpuctl.render import literal, render_serve, shell_word
@@ -462,7 +463,7 @@ def test_tiny_describes_a_model_that_hangs_together() -> None:
 
 def test_tiny_imports_nothing_heavy() -> None:
     spec = ServeSpec.from_options(model="tiny", target=Target.LOCAL)
-    plan = plan_serve(spec, argv=["serve", "tiny"])
+    plan = plan_serve(spec, of_ref(spec.model), argv=["serve", "tiny"])
     imported = {
         name.name.partition(".")[0]
         for node in ast.walk(ast.parse(plan.source))

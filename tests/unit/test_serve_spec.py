@@ -81,7 +81,7 @@ def test_every_option_arrives() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"gpu": None}, "--gpu: required"),
+        ({"gpu": "auto,H100"}, "'auto' stands alone"),
         ({"concurrency": "0"}, "--concurrency: '0'"),
         ({"concurrency": "-1"}, "--concurrency: '-1'"),
         ({"concurrency": "many"}, "--concurrency: 'many'"),

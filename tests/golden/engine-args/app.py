@@ -33,6 +33,7 @@ SERVED_NAMES = [
 VLLM_VERSION = "0.32.0"
 GPU = "H100"
 TENSOR_PARALLEL = 1  # the model is split over so many devices
+MAX_MODEL_LEN = 40960  # tokens, question and answer together
 ENGINE_ARGS = [
     "--enable-auto-tool-choice",
     "--tool-call-parser",
@@ -154,6 +155,8 @@ def engine_command() -> list[str]:
         str(TENSOR_PARALLEL),
         "--max-num-seqs",
         str(CONCURRENCY),
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
         *ENGINE_ARGS,
     ]
 

@@ -34,6 +34,7 @@ VLLM_VERSION = "0.32.0"
 GPU = "T4"
 TENSOR_PARALLEL = 1  # the model is split over so many devices
 GPU_MEMORY_UTILIZATION = 0.92  # the share of a GPU that the engine may take
+MAX_MODEL_LEN = 2048  # tokens, question and answer together
 ENGINE_ARGS = [
     "--load-format",
     "dummy",
@@ -152,6 +153,8 @@ def engine_command() -> list[str]:
         str(CONCURRENCY),
         "--gpu-memory-utilization",
         str(GPU_MEMORY_UTILIZATION),
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
         *ENGINE_ARGS,
     ]
 
