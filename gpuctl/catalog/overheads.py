@@ -1,9 +1,8 @@
-"""The constants of each engine version, from `overheads.toml`. May import: gpuctl.errors, gpuctl.fit."""
+"""The constants of each version of the engine, from `overheads.toml`. May import: gpuctl.fit."""
 
 from __future__ import annotations
 
 import functools
-import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,37 +10,33 @@ from typing import Any
 from gpuctl.fit.overheads import EngineConstants
 from gpuctl.fit.values import GIB
 
+_SIZES = (
+    "workspace",
+    "non_torch",
+    "non_torch_parallel",
+    "non_torch_pipeline",
+    "context",
+    "graph",
+    "graph_layer",
+    "graph_experts",
+    "graph_mxfp4",
+    "warm_up",
+    "warm_up_mxfp4",
+)
+
 
 @functools.cache
 def engine_constants(version: str) -> EngineConstants:
-    """The constants that hold for a version of vLLM ("0.32.0", "0.26.1rc1.dev608"): of the last row that is not newer.
-
-    A version older than the first row has the first row's.
-    """
+    """The constants for a version of vLLM ("0.32.0", "0.26.1rc1.dev608", ""): "" is the newest that the table has."""
     wanted = _key(version)
-    chosen: dict[str, Any] | None = None
-    for row in _rows():
-        if chosen is None or _key(row["since"]) <= wanted:
-            chosen = row
-    assert chosen is not None
-    return EngineConstants(
-        version=version,
-        measured_on=chosen.get("measured_on"),
-        gpu_memory_utilization=chosen["gpu_memory_utilization"],
-        logits_copies=chosen["logits_copies"],
-        logits_rows=chosen["logits_rows"],
-        workspace=_bytes(chosen["workspace"]),
-        non_torch=_bytes(chosen["non_torch"]),
-        non_torch_parallel=_bytes(chosen["non_torch_parallel"]),
-        context=_bytes(chosen["context"]),
-        graph_base=_bytes(chosen["graph_base"]),
-        graph_per_layer=_bytes(chosen["graph_per_layer"]),
-        graph_in_budget=chosen["graph_in_budget"],
-        huge_batch=chosen["huge_batch"],
-        tokens_by_concurrency=chosen["tokens_by_concurrency"],
-        margin=chosen["margin"],
-        source=chosen["source"],
-    )
+    row: dict[str, Any] = {}
+    for later in _rows():
+        if _key(later["since"]) <= wanted:
+            row |= later
+    del row["since"]
+    row |= {name: int(row[name] * GIB) for name in _SIZES}
+    row["measured_on"] = row["measured_on"] or None
+    return EngineConstants(version=version, **row)
 
 
 @functools.cache
@@ -51,10 +46,12 @@ def _rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _bytes(gib: float) -> int:
-    return int(gib * GIB)
-
-
 def _key(version: str) -> tuple[int, ...]:
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version.lstrip("v"))
-    return tuple(int(part or 0) for part in found.groups()) if found else (9999,)
+    """Major, minor and patch; what cannot be read counts as the newest."""
+    parts = []
+    for part in version.lstrip("v").split(".")[:3]:
+        digits = part[: next((i for i, char in enumerate(part) if not char.isdigit()), len(part))]
+        if not digits:
+            break
+        parts.append(int(digits))
+    return (*parts, 0, 0)[:3] if parts else (9999, 0, 0)

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
+from gpuctl.errors import EXIT_USAGE, GpuctlError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gpuctl.fit.quantization import Quantization
-
-_ABSURD = 10**9  # no count or width of a model is as large
 
 
 class UnknownFamilyError(GpuctlError):
@@ -42,11 +40,10 @@ class Split(Enum):
 class Tensor:
     """`copies` matrices of rows (outputs) x columns (inputs), of which a token uses `active`.
 
-    `names` are the modules of the checkpoint that it holds, from the layer on, each with its rows: a tensor of query,
-    key and value has three. `replicated_rows` are rows that come in `heads` indivisible pieces, of which every GPU
-    has at least one (keys and values). `linear`: a linear layer's weight, to which a quantisation applies; of any
-    other tensor (embedding, norm, bias, convolution) it does not. `fixed_bytes` is the size of an element where it is
-    not the model's.
+    `names` are the modules of the checkpoint that it holds, below their layer: a tensor of query, key and value has
+    three. `kv_rows` of the rows come in `kv_heads` pieces, of which every GPU has at least one (keys and values).
+    `linear`: a linear layer's weight, to which a quantisation applies; to any other tensor (embedding, norm, bias,
+    convolution) it does not. `fixed_bytes` is the size of an element where it is not the model's.
     """
 
     names: tuple[str, ...]
@@ -59,17 +56,12 @@ class Tensor:
     kv_rows: int = 0
     kv_heads: int = 0
     fixed_bytes: int | None = None
-    expert: bool = False
+    parameter: bool = True  # False: a table that is computed, such as the rotary embedding's
 
     @property
     def elements(self) -> int:
-        """Parameters, on one GPU if there is no other."""
+        """Parameters, all GPUs together."""
         return self.rows * self.columns * self.copies
-
-    @property
-    def active_elements(self) -> int:
-        """Parameters that one token is multiplied with."""
-        return self.rows * self.columns * self.active
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,6 @@ class Attention:
     """Keys and values of a layer: `kv_heads` x (`key` + `value`) elements for each token.
 
     `window`: only the last so many tokens are attended to; `chunked`: that window starts anew at its multiples.
-    `shares`: the layer reads an earlier layer's cache and has none of its own.
     """
 
     heads: int
@@ -86,28 +77,34 @@ class Attention:
     value: int
     window: int | None = None
     chunked: bool = False
-    shares: bool = False
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention: `width` elements for each token, the same on every GPU.
+    """Latent attention: one vector of `width` elements for each token, the same on every GPU.
 
-    `index` bytes for each token are what a sparse attention's indexer keeps beside it.
+    `index` bytes a token are what the indexer of a sparse attention keeps beside it. `every`: there is one vector for
+    so many tokens only. `window`: as in `Attention`. `packed`: `width` is in bytes, whatever the cache's format.
     """
 
     heads: int
     width: int
     index: int = 0
+    every: int = 1
+    window: int | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A state of fixed size for each request: a convolution's and a recurrence's, divided over the GPUs."""
+    """A state of fixed size for each request: elements of a convolution and of a recurrence, divided over the GPUs.
 
-    convolution: int  # elements
+    `state_bytes` is the size of an element of the recurrence's state; None: the model's.
+    """
+
+    convolution: int
     state: int
-    state_bytes: int | None = None  # of an element; None: the model's
+    state_bytes: int | None = None
 
 
 Cache = Attention | Latent | Recurrent
@@ -115,27 +112,31 @@ Cache = Attention | Latent | Recurrent
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its tensors, and what it keeps of a request (None: nothing)."""
+    """One layer: its tensors, and what it keeps of a request."""
 
     tensors: tuple[Tensor, ...]
-    cache: Cache | None
+    caches: tuple[Cache, ...]
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture's width: how many experts there are, how many a token takes, and their inner width."""
+    """A mixture: how many experts there are, how many a token takes, their inner and outer width."""
 
     count: int
     active: int
     intermediate: int
+    width: int
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A model's shapes, all GPUs together. `context` is the longest that it was made for, in tokens.
 
-    `first` are the tensors before the layers (embeddings), `last` those after them, `beside` those of towers (vision,
-    audio), which every GPU has whole. `assumptions` say what the configuration left open.
+    `family` is "dense", "moe", "latent", "hybrid" or "multimodal". `heads` are the attention heads that tensor
+    parallelism has to divide. `first` are the tensors before the layers (embeddings), `last` those after them;
+    `beside` those of towers (vision, audio). `image_bytes` are what the engine holds of images while it
+    profiles, for each token of the batch. `known` is False where the model's type is not one of those built here: then
+    the shapes are those that its fields would mean in an ordinary model, and `assumptions` say so.
     """
 
     model_type: str
@@ -153,18 +154,24 @@ class Architecture:
     context: int | None
     experts: Experts | None = None
     quantization: Quantization | None = None
-    multimodal: bool = False
+    image_bytes: int = 0
+    known: bool = True
     assumptions: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """All parameters that the engine loads."""
-        return sum(t.elements for t in self.tensors())
+        return sum(t.elements for t in self.tensors() if t.parameter)
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that each token passes through; the embedding, which is looked up, is not among them."""
-        inner = sum(t.active_elements for layer in self.layers for t in layer.tensors)
+        """Parameters that a token is multiplied with: the experts that it takes, and the output's matrix.
+
+        An embedding is looked up, and towers see no token of a text.
+        """
+        inner = sum(
+            t.rows * t.columns * t.active for layer in self.layers for t in layer.tensors if t.parameter
+        )
         return inner + self.vocabulary * self.hidden
 
     def tensors(self) -> list[Tensor]:
@@ -173,88 +180,14 @@ class Architecture:
         return [*self.first, *inner, *self.last, *self.beside]
 
 
-class Fields:
-    """A configuration, read with care: what is missing or absurd is an error that names the field."""
+def read(
+    config: Mapping[str, object], *, what: str, quantization: Mapping[str, object] | None = None
+) -> Architecture:
+    """The shapes that a config.json has. `what` names it in errors.
 
-    def __init__(self, config: Mapping[str, object], what: str, inside: str = "") -> None:
-        self.config = config
-        self.what = what
-        self.inside = inside
-
-    def has(self, *names: str) -> bool:
-        return any(self.config.get(name) is not None for name in names)
-
-    def count(self, *names: str, default: int | None = None) -> int:
-        """A whole number of at least 1, under the first of the names that is there."""
-        for name in names:
-            value = self.config.get(name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-                raise self.wrong(name, value, "a whole number")
-            if not 0 < value < _ABSURD:
-                raise self.wrong(name, value, "a number above 0 that a model can have")
-            return int(value)
-        if default is None:
-            raise usage_error(f"{self.what}: {self._path(names[0])} is missing")
-        return default
-
-    def number(self, *names: str, default: int = 0) -> int:
-        """A whole number that may be 0, or absent."""
-        for name in names:
-            value = self.config.get(name)
-            if value is not None:
-                if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-                    raise self.wrong(name, value, "a whole number")
-                if not 0 <= value < _ABSURD:
-                    raise self.wrong(name, value, "0 or a number that a model can have")
-                return int(value)
-        return default
-
-    def flag(self, *names: str, default: bool = False) -> bool:
-        for name in names:
-            value = self.config.get(name)
-            if value is not None:
-                if not isinstance(value, bool | int):
-                    raise self.wrong(name, value, "true or false")
-                return bool(value)
-        return default
-
-    def text(self, *names: str, default: str = "") -> str:
-        for name in names:
-            value = self.config.get(name)
-            if isinstance(value, str):
-                return value
-        return default
-
-    def items(self, name: str) -> list[object] | None:
-        value = self.config.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list | tuple):
-            raise self.wrong(name, value, "a list")
-        return list(value)
-
-    def below(self, *names: str) -> Fields | None:
-        """The table of that name, if there is one."""
-        for name in names:
-            value = self.config.get(name)
-            if isinstance(value, dict):
-                return Fields(value, self.what, self._path(name))
-        return None
-
-    def wrong(self, name: str, value: object, wanted: str) -> Exception:
-        """The error for a field that cannot be."""
-        shown = repr(value)
-        shown = shown if len(shown) < 60 else shown[:57] + "..."
-        return usage_error(f"{self.what}: {self._path(name)} is {shown}; {wanted} is needed")
-
-    def _path(self, name: str) -> str:
-        return f"{self.inside}.{name}" if self.inside else name
-
-
-def read(config: Mapping[str, object], *, what: str) -> Architecture:
-    """The shapes that a config.json has. `what` names it in errors. Errors: usage, naming the field."""
+    `quantization` is the content of hf_quant_config.json, where a repository has one and its config.json does not say
+    how the weights are stored. Errors: usage, naming the field that is missing or absurd.
+    """
     from gpuctl.fit.families import build
 
-    return build(Fields(config, what))
+    return build(config, what, quantization)

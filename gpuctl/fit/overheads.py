@@ -16,20 +16,23 @@ if TYPE_CHECKING:
     from gpuctl.fit.architecture import Architecture
     from gpuctl.fit.values import Ask, Card
 
+LORA_RANK = 16  # vLLM's default of --max-lora-rank
+
 _LARGE = (
     70 * GIB
 )  # cards from here on get the large defaults, an A100 excepted (EngineArgs.get_batch_defaults)
 _HUGE = 160 * GIB
+_LAYER_WIDTHS = (
+    3  # tensors of the model's width alive in a feed-forward layer: its input, output and the residual
+)
+_CHUNK = 16384  # tokens that a mixture's workspace is made for at most (VLLM_FUSED_MOE_CHUNK_SIZE)
 
 
 @dataclass(frozen=True)
 class EngineConstants:
-    """One range of engine versions. Sizes in bytes. `measured_on` is the version that they were measured on.
+    """What holds for one version of the engine; sizes in bytes. The fields are explained in `overheads.toml`.
 
-    `logits_copies`: how many float32 copies of the logits are alive at the sampler's peak, the 16-bit one aside.
-    `logits_rows`: rows of the vocabulary's width that the sampling kernel keeps as scratch.
-    `graph_in_budget`: whether the memory of CUDA graphs is taken from `gpu_memory_utilization` or comes on top.
-    `tokens_by_concurrency`: whether the logged capacity is concurrency x context, or blocks over groups.
+    `measured_on` is the version that the sizes were measured on; None: they are another version's, raised.
     """
 
     version: str
@@ -38,14 +41,25 @@ class EngineConstants:
     logits_copies: float
     logits_rows: int
     workspace: int
+    expert_workspace: bool
     non_torch: int
     non_torch_parallel: int
+    non_torch_pipeline: int
     context: int
-    graph_base: int
-    graph_per_layer: int
+    graph: int
+    graph_layer: int
+    graph_experts: int
+    graph_mxfp4: int
     graph_in_budget: bool
+    warm_up: int
+    warm_up_mxfp4: int
     huge_batch: int
+    batches_in_flight: int
+    state_blocks: int
     tokens_by_concurrency: bool
+    chunked_windows: bool
+    checkpoint_kv: bool
+    mxfp4_stored: bool
     margin: float
     source: str
 
@@ -61,14 +75,14 @@ class Batch:
 def batch(card: Card, ask: Ask, constants: EngineConstants, context: int) -> Batch:
     """What vLLM defaults to on a card when serving (`EngineArgs.get_batch_defaults`), capped by the context."""
     tokens, requests = 2048, 256
-    if card.memory_bytes >= _LARGE and not card.name.startswith("A100"):
+    if card.memory_bytes >= _LARGE and not card.name.upper().startswith("A100"):
         tokens, requests = 8192, 1024
         if card.memory_bytes >= _HUGE:
             tokens = constants.huge_batch
     requests = ask.max_num_seqs or requests
     if ask.max_num_batched_tokens is not None:
         return Batch(ask.max_num_batched_tokens, min(requests, ask.max_num_batched_tokens))
-    tokens = min(tokens, requests * context)
+    tokens = max(1, min(tokens, requests * context))
     return Batch(tokens, min(requests, tokens))
 
 
@@ -78,30 +92,72 @@ def activation(
     constants: EngineConstants,
     *,
     tensor_parallel: int,
+    pipeline_parallel: int,
     element_bytes: int,
+    last: bool,
 ) -> int:
-    """Bytes at the peak of the profiling run, on a GPU of the last stage.
+    """Bytes at the peak of the profiling run, on a GPU of the last stage (`last`) or of another.
 
-    The sampler: rows x vocabulary x (the model's element + 4 bytes x copies) + scratch rows x vocabulary x 4, and the
-    hidden states of the batch. A layer: gate, up and their product, and three tensors of the model's width. A mixture
-    keeps its two workspaces, batch x experts a token x width, through both.
+    Sampler: rows x vocabulary x (the model's element + 4 bytes x copies), scratch rows x vocabulary x 4, and hidden
+    states. Layer: gate, up and their product, and what is of the model's width. A mixture's two workspaces, batch x
+    experts a token x width, and the images of the largest batch stay through both.
     (vLLM `GPUModelRunner.profile_run`, `_dummy_sampler_run`, `v1/sample/ops/topk_topp_sampler.py`,
-    `fused_moe/fused_moe.py: TritonExperts.workspace_shapes`.)
+    `fused_moe.py: TritonExperts.workspace_shapes`.)
     """
-    vocabulary, hidden = architecture.vocabulary, architecture.hidden
-    logits = made.requests * vocabulary * (element_bytes + 4 * constants.logits_copies)
-    sampler = (
-        logits
-        + constants.logits_rows * vocabulary * 4
-        + (made.tokens + 2 * made.requests) * hidden * element_bytes
-    )
+    vocabulary, hidden, tokens = architecture.vocabulary, architecture.hidden, made.tokens
+    widths = _LAYER_WIDTHS * (2 if pipeline_parallel > 1 else 1)
     inner = -(-architecture.intermediate // tensor_parallel)
-    layer = made.tokens * (3 * inner + 3 * hidden) * element_bytes
-    return int(max(sampler, layer)) + constants.workspace
+    peak = tokens * (3 * inner + widths * hidden) * element_bytes
+    if last:
+        copies = constants.logits_copies * 4 + (element_bytes if element_bytes < 4 else 0)
+        sampler = made.requests * vocabulary * copies + constants.logits_rows * vocabulary * 4
+        sampler += (tokens + 2 * made.requests) * hidden * element_bytes
+        peak = max(peak, int(sampler))
+    experts = architecture.experts
+    mxfp4 = architecture.quantization is not None and architecture.quantization.experts_only
+    if experts is not None and constants.expert_workspace and not mxfp4:
+        each = -(-experts.intermediate // tensor_parallel)
+        rows = min(tokens, _CHUNK) * experts.active
+        peak += rows * (max(each, experts.width) + max(2 * each, experts.width)) * element_bytes
+    return peak + tokens * architecture.image_bytes + constants.workspace
 
 
-def graph(constants: EngineConstants, ask: Ask, layers: int) -> int:
+def graph(architecture: Architecture, constants: EngineConstants, ask: Ask, layers: int) -> int:
     """Bytes of the CUDA graphs on a GPU that runs so many layers."""
     if ask.enforce_eager:
         return 0
-    return constants.graph_base + constants.graph_per_layer * layers
+    size = constants.graph + constants.graph_layer * layers
+    if architecture.experts is not None:
+        size += constants.graph_experts
+    if architecture.quantization is not None and architecture.quantization.experts_only:
+        size += constants.graph_mxfp4
+    return size
+
+
+def warm_up(architecture: Architecture, constants: EngineConstants) -> int:
+    """Bytes that have to be free beside everything else while the engine warms up."""
+    if architecture.quantization is not None and architecture.quantization.experts_only:
+        return constants.warm_up_mxfp4
+    return constants.warm_up
+
+
+def non_torch(constants: EngineConstants, tensor_parallel: int, pipeline_parallel: int) -> int:
+    """Bytes of what is not PyTorch's: libraries, and with several GPUs the buffers between them."""
+    if tensor_parallel > 1:
+        return constants.non_torch_parallel
+    return constants.non_torch_pipeline if pipeline_parallel > 1 else constants.non_torch
+
+
+def lora(architecture: Architecture, adapters: int, tensor_parallel: int, pipeline_parallel: int) -> int:
+    """Bytes of so many adapters of rank 16 on one GPU: rank x (inputs + outputs) for each linear layer.
+
+    The engine has room for all of them from the start, in every layer that can have one (vLLM
+    `lora/layers/*: create_lora_weights`); experts have none.
+    """
+    size = 0
+    for layer in architecture.layers:
+        for tensor in layer.tensors:
+            if tensor.linear and tensor.copies == 1:
+                outputs = -(-tensor.rows // tensor_parallel)
+                size += LORA_RANK * (tensor.columns * len(tensor.names) + outputs)
+    return -(-size // pipeline_parallel) * adapters * architecture.element_bytes
