@@ -1,4 +1,4 @@
-"""How long until gpuctl has said something, against `modal --help`: its help, and a whole dry run."""
+"""How long until gpuctl has said something, against `modal --help`: its help, a whole dry run, and whether it fits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from paired import clean_environment, command, compare, options
 
 HELP_TARGET = 0.25
 DRY_RUN_TARGET = 0.5
+FIT_TARGET = 0.5
 
 
 def main() -> int:
@@ -20,6 +21,9 @@ def main() -> int:
         print("dry run:")
         dry_run = command(["gpuctl", "serve", "llama3", "--gpu", "h100", "--dry-run"], env)
         met &= compare(dry_run, modal, rounds=arguments.rounds, target=DRY_RUN_TARGET)
+        print("fit:")
+        fit = command(["gpuctl", "fit", "llama3"], env)
+        met &= compare(fit, modal, rounds=arguments.rounds, target=FIT_TARGET)
     return 0 if met or not arguments.check else 1
 
 

@@ -129,11 +129,23 @@ def facts_of(found: Found) -> ModelFacts:
         repo=found.repo,
         revision=found.revision,
         architecture=architecture,
-        weight_bytes=found.weight_bytes,
+        weight_bytes=_loaded_bytes(found),
         kind=_kind(found),
         own_context=None if architecture is None else architecture.context,
         source=found.source,
     )
+
+
+def _loaded_bytes(found: Found) -> int | None:
+    """Bytes of the weights as the engine holds them.
+
+    A model that was published in 32 bits is loaded in 16 (vLLM `config/model.py`, `_resolve_auto_dtype`); a few
+    32-bit tensors among others, such as scales, stay what they are.
+    """
+    counts = found.parameters
+    if counts is None or found.weight_bytes is None or 2 * counts.get("F32", 0) <= sum(counts.values()):
+        return found.weight_bytes
+    return found.weight_bytes - 2 * counts["F32"]
 
 
 # What the hub calls a model's task, and ours; the rest are language models.
@@ -174,20 +186,31 @@ def judge_with(version: str) -> Judge:
     return lambda facts, card, count, ask: judge(facts, card, count, ask, constants)
 
 
+# Of a card whose visible memory nobody has published: as a share of its label, less than of any card that is known.
+_LEAST_VISIBLE = 0.9
+
+
 def cards(rates: Rates) -> dict[str, Card]:
     """Every card that Modal has, at these prices."""
     return {
-        gpu.name: Card(
-            name=gpu.name,
-            memory_bytes=int(gpu.vram_gib * 0.98 * GIB),
-            bandwidth_bytes_per_s=None,
-            flops={},
-            compute_capability=None,
-            measured=False,
-            usd_per_second=float(rates.gpus[gpu.name].usd_per_second),
-        )
-        for gpu in catalog.gpus().values()
+        gpu.name: _card_of(gpu, float(rates.gpus[gpu.name].usd_per_second)) for gpu in catalog.gpus().values()
     }
+
+
+def _card_of(gpu: catalog.Gpu, usd_per_second: float) -> Card:
+    visible = gpu.vram_gib * _LEAST_VISIBLE if gpu.visible_gib is None else gpu.visible_gib
+    # A card without bf16 (T4) runs such a model in fp16, at the same size.
+    sixteen = gpu.tflops.get("bf16", gpu.tflops.get("fp16"))
+    tflops = {**gpu.tflops, **({} if sixteen is None else {"bf16": sixteen})}
+    return Card(
+        name=gpu.name,
+        memory_bytes=int(visible * GIB),
+        bandwidth_bytes_per_s=None if gpu.bandwidth_gb_s is None else gpu.bandwidth_gb_s * 1e9,
+        flops={kind: tflops[kind] * 1e12 for kind in ("bf16", "fp8", "fp4") if kind in tflops},
+        compute_capability=gpu.compute_capability,
+        measured=gpu.visible_gib is not None,
+        usd_per_second=usd_per_second,
+    )
 
 
 def siblings_of(found: Found) -> list[tuple[str, ModelFacts]]:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from gpuctl import configs
-from gpuctl.configs import find
+from gpuctl.configs import Found, find
 from gpuctl.errors import GpuctlError
+from gpuctl.fitting import facts_of
+from gpuctl.specs.model import ModelRef
 from hubs import COMMIT, Hub, Repo, answering, safetensors_of
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
@@ -289,3 +291,44 @@ def test_the_catalogue_answers_for_its_aliases(monkeypatch: pytest.MonkeyPatch) 
     assert by_repo.config == CONFIG
     assert "does not answer" in by_repo.notes[0]
     assert "going on from the catalogue" in by_repo.notes[0]
+
+
+# -- what is about to be deployed
+
+
+def test_a_deployment_goes_on_where_nothing_can_be_learnt(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = ModelRef.parse("acme/model")
+    assert configs.of_deployment(ref, COMMIT).config == CONFIG
+    assert [path for path in hub.paths if path.startswith("/api")] == [
+        f"/api/models/acme/model/revision/{COMMIT}"
+    ]
+    hub.repos["acme/gated"] = Repo(files={"config.json": b"{}"}, gated=True)
+    kept_out = configs.of_deployment(ModelRef.parse("acme/gated"), COMMIT)
+    assert (kept_out.config, kept_out.source) == ({}, configs.NOTHING)
+    assert "acme/gated is gated" in kept_out.notes[0]
+    hub.status = 503
+    assert "answered 503" in configs.of_deployment(ModelRef.parse("acme/other"), COMMIT).notes[0]
+    hub.seen.clear()
+    assert configs.of_deployment(ModelRef.parse("qwen3"), COMMIT).source == "the catalogue"
+    assert configs.of_deployment(ModelRef.parse("tiny"), None).config["model_type"] == "llama"
+    assert hub.seen == []
+
+
+def test_what_is_no_model_is_not_deployed_unless_forced(hub: Hub) -> None:
+    hub.repos["acme/gguf"] = Repo(files={"a.gguf": b"x"})
+    ref = ModelRef.parse("acme/gguf")
+    with pytest.raises(GpuctlError, match="GGUF") as caught:
+        configs.of_deployment(ref, COMMIT)
+    assert caught.value.exit_code == 2
+    assert "GGUF" in configs.of_deployment(ref, COMMIT, force=True).notes[0]
+
+
+def test_weights_in_32_bits_are_loaded_in_16() -> None:
+    def loaded(**parameters: int) -> int | None:
+        size = sum({"F32": 4, "BF16": 2, "F8_E4M3": 1}[dtype] * count for dtype, count in parameters.items())
+        return facts_of(Found("m", None, None, {}, parameters, size, None, "a test")).weight_bytes
+
+    assert loaded(F32=100) == 200
+    assert loaded(F32=100, BF16=10) == 220
+    assert loaded(F32=10, F8_E4M3=100) == 140
+    assert loaded(BF16=100) == 200
