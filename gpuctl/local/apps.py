@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import math
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +39,7 @@ INITIALIZING = api_pb2.APP_STATE_INITIALIZING
 _EPHEMERAL, _DETACHED = api_pb2.APP_STATE_EPHEMERAL, api_pb2.APP_STATE_DETACHED
 _CLIENT_BOUND = (INITIALIZING, _EPHEMERAL)  # these end when their client does
 _HEARTBEAT_SECONDS = 60.0  # the client beats every 15 s
+_IDLE_SECONDS = 0.5  # how often a detached app that its client has left is looked at
 _LISTED_SECONDS = 86400.0  # how long a stopped app stays in `modal app list`
 
 
@@ -71,6 +73,7 @@ class Apps:
         self._logs = logs
         self._heartbeats: dict[str, float] = {}
         self._stops: dict[str, asyncio.Task[None]] = {}
+        self._idle_stops: set[asyncio.Task[None]] = set()
 
     # ---- the plane's own start, end and watch
 
@@ -98,6 +101,14 @@ class Apps:
             for app in self._store.apps(states=_CLIENT_BOUND):
                 beat = self._heartbeats.setdefault(app.id, time.monotonic())
                 if time.monotonic() - beat > _HEARTBEAT_SECONDS:
+                    await self.stop_app(app)
+            for app in self._store.apps(states=(_DETACHED,)):
+                beat = self._heartbeats.setdefault(app.id, time.monotonic())
+                if (
+                    time.monotonic() - beat > _HEARTBEAT_SECONDS
+                    and not self._calls.busy(app.id)
+                    and not self._servers.of_app(app.id)
+                ):
                     await self.stop_app(app)
 
     def require(self, app_id: str) -> App:
@@ -169,7 +180,17 @@ class Apps:
         app = self.require(request.app_id)
         if app.state in _CLIENT_BOUND:
             await self.stop_app(app)
+        elif app.state == _DETACHED:
+            self._heartbeats[app.id] = -math.inf
+            self._idle_stops.add(job := asyncio.create_task(self._stop_when_idle(app)))
+            job.add_done_callback(self._idle_stops.discard)
         return empty()
+
+    async def _stop_when_idle(self, app: App) -> None:
+        """End a detached app that its client has left, once nothing of it runs."""
+        while self._calls.busy(app.id) or self._servers.of_app(app.id):
+            await asyncio.sleep(_IDLE_SECONDS)
+        await self.stop_app(app)
 
     # ---- deployment
 

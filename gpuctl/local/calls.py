@@ -270,12 +270,12 @@ class Calls:
             yield
             return
         worker.waits += 1
-        self._capacity.block(worker.id, worker.waits >= len(worker.inputs))
+        self._capacity.idle(worker.id, worker.waits >= len(worker.inputs))
         try:
             yield
         finally:
             worker.waits -= 1
-            self._capacity.block(worker.id, 0 < len(worker.inputs) <= worker.waits)
+            self._capacity.idle(worker.id, worker.waits >= len(worker.inputs))
 
     @rpc("FunctionCallGetDataOut")
     async def get_data_out(self, request: Any, _call: Call) -> AsyncIterator[Any]:

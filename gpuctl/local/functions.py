@@ -319,7 +319,7 @@ class Functions:
                 said[f"{name}: GPU {wanted} asked for; {_gpu_note()}"] = None
             if data.HasField("schedule") or first.HasField("schedule"):
                 said[f"{name}: its schedule does not fire on the local control plane."] = None
-            if first.is_checkpointing_function:
+            if first.checkpointing_enabled:
                 said[f"{name}: no memory snapshot is taken; what is to be in it runs in every container."] = (
                     None
                 )
@@ -346,12 +346,16 @@ def _as_data(request: Any) -> Any:
     data = api_pb2.FunctionData()
     for field in api_pb2.FunctionData.DESCRIPTOR.fields:
         same = api_pb2.Function.DESCRIPTOR.fields_by_name.get(field.name)
-        if same is None or same.type != field.type or same.message_type != field.message_type:
+        if same is None or same.type != field.type:
+            continue
+        # A map's entries are of a type of the message's own.
+        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+        if same.message_type != field.message_type and not is_map:
             continue
         if field.is_repeated or field.message_type:
             value = getattr(function, field.name)
             if field.is_repeated:
-                if field.message_type and field.message_type.GetOptions().map_entry:
+                if is_map:
                     getattr(data, field.name).MergeFrom(value)
                 else:
                     getattr(data, field.name).extend(value)

@@ -41,7 +41,7 @@ MOST_CRASHES = (
 MOST_BAD_STARTS = 3  # containers in a row that report that they cannot start, before the callers are told
 MOST_SILENT_STARTS = 8  # containers in a row that die while they start, without a word
 _CANCEL_SECONDS = 5.0  # what the code of an input that timed out gets to end by itself
-_BACK_OFF_FIRST, _BACK_OFF_MOST = 1.0, 60.0
+_BACK_OFF_FIRST, _BACK_OFF_MOST = 0.25, 60.0
 _TICK_SECONDS = 0.5
 _HEARTBEAT_SECONDS = 14.0  # the client expects an answer within 15
 
@@ -156,7 +156,7 @@ class Pool:
         self._wake = asyncio.Event()
         self._closing = False
         self._jobs: set[asyncio.Task[None]] = set()
-        capacity.listen(self._wake.set)
+        capacity.join(self._wake.set, self._make_room)
         self._loop = self._spawn(self._run())
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
@@ -206,7 +206,7 @@ class Pool:
         """No more inputs; end the containers. What has no output yet stays so: `cancel_all` is for that."""
         self._closing = True
         self._loop.cancel()
-        self._capacity.unlisten(self._wake.set)
+        self._capacity.leave(self._wake.set)
         await asyncio.gather(*(self._stop(worker, grace) for worker in list(self.workers.values())))
         for job in list(self._jobs):
             job.cancel()
@@ -253,6 +253,7 @@ class Pool:
             self._bad_starts = self._silent_starts = 0
         if not worker.inputs:
             worker.idle_since = time.monotonic()
+            self._capacity.idle(worker.id, True)
         items: list[Input] = []
         try:
             return await self._collect(worker, items, size, linger)
@@ -310,6 +311,8 @@ class Pool:
         item.deadline = time.monotonic() + self.settings.timeout
         item.condemned = False
         worker.inputs[item.id] = item
+        if len(worker.inputs) == 1:
+            self._capacity.idle(worker.id, False)
         worker.used += 1
         self._last_input = time.monotonic()
 
@@ -662,6 +665,15 @@ class Pool:
                 async with asyncio.timeout(grace):
                     await worker.task.ended.wait()
         await self._tasks.stop(worker.task, grace=grace)
+
+    def _make_room(self) -> bool:
+        """End a container that has nothing to do; False when all have."""
+        staying = [w for w in self.workers.values() if not w.leaving]
+        idle = [w for w in staying if w.asks and not w.inputs]
+        if self.pending or not idle or len(staying) <= (self.settings.min_containers if self.settings else 0):
+            return False
+        self._dismiss(min(idle, key=lambda w: w.idle_since))
+        return True
 
     def dropped(self, task: Task) -> None:
         """The client stops one of the containers."""

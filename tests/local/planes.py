@@ -115,12 +115,15 @@ class TestPlane:
         own = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "T_"))}
         return own | self.now.client_env() | {"COLUMNS": "200", "NO_COLOR": "1"} | extra
 
-    def modal(self, *argv: str, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+    def modal(
+        self, *argv: str, check: bool = True, stdin: str | None = None, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run the unmodified `modal` CLI against this plane."""
         done = subprocess.run(
             [sys.executable, "-m", "modal", *argv],
             env=self.environment(**extra),
             cwd=APPS,
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=600,

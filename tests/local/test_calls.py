@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
+import uuid
 from typing import TYPE_CHECKING
 
 import pytest
 
-from .planes import APPS
+from .planes import APPS, eventually
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .planes import TestPlane
 
 
-def script(plane: TestPlane, code: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a Python program that uses the modal SDK against this plane."""
+def script(plane: TestPlane, code: str, **values: object) -> str:
+    """What a Python program prints that uses the modal SDK against this plane; it has `values` as variables."""
+    setup = "import modal, time\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    setup += "def function(name, app='calls'):\n    return modal.Function.from_name(app, name)\n"
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", setup + textwrap.dedent(code)],
         env=plane.environment(),
         cwd=APPS,
         capture_output=True,
@@ -26,9 +32,8 @@ def script(plane: TestPlane, code: str, *, check: bool = True) -> subprocess.Com
         timeout=120,
         check=False,
     )
-    if check:
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +43,210 @@ def deployed(plane: TestPlane) -> TestPlane:
     return plane
 
 
-def test_run_calls_functions_of_an_ephemeral_app(plane: TestPlane) -> None:
-    output = plane.modal("run", "calls.py", "--n", "4", "--word", "yo").stdout
-    assert "remote 16 local 16 yo" in output
-    assert "map [0, 1, 4, 9]" in output
-    assert "App completed" in output
+def marks(plane: TestPlane, name: str) -> int:
+    """How often a function of `calls.py` left this mark on its Volume."""
+    found = list(plane.state_dir.glob(f"volumes/*/{name}"))
+    return len(found[0].read_text()) if found else 0
 
 
-def test_functions_of_a_deployed_app_are_called_from_outside(deployed: TestPlane) -> None:
+def state(plane: TestPlane, app: str) -> str:
+    """As `modal app list` shows it."""
+    return next(row["state"] for row in plane.json("app", "list") if row["description"] == app)
+
+
+def run_sleeps(plane: TestPlane, name: str, seconds: str, *options: str, app: str) -> subprocess.Popen[bytes]:
+    """`modal run` of a function that leaves marks and sleeps between them."""
+    argv = [sys.executable, "-m", "modal", "run", *options]
+    argv += ["calls.py::sleeps", "--name", name, "--seconds", seconds]
+    return subprocess.Popen(argv, cwd=APPS, env=plane.environment(T_NAME=app), stdout=subprocess.DEVNULL)
+
+
+# ---- modal run
+
+
+def test_run_passes_arguments_and_the_result_goes_to_a_file(plane: TestPlane, tmp_path: Path) -> None:
+    result = tmp_path / "result"
+    done = plane.modal(
+        "run", "--write-result", str(result), "calls.py::main", "--n", "4", "--word", "yo", "--shout"
+    )
+    assert "remote 16 local 16 YO" in done.stdout
+    assert "map [0, 1, 4, 9]" in done.stdout
+    assert "App completed" in done.stdout
+    assert result.read_text() == "result 4"
+    states = {app["description"]: app["state"] for app in plane.json("app", "list")}
+    assert states["calls"] in ("stopped", "deployed")
+
+
+def test_quiet_says_only_what_the_program_says(plane: TestPlane) -> None:
+    done = plane.modal("run", "-q", "calls.py::errors")
+    assert done.stdout.splitlines()[0].startswith("caught odd: 3")
+    assert "remote frames True" in done.stdout
+    assert "outcomes ['0', \"OwnError('odd: 1')\", '2', \"OwnError('odd: 3')\"]" in done.stdout
+    assert "Initialized" not in done.stdout + done.stderr
+
+
+def test_a_script_on_standard_input_and_a_failure_that_ends_it(plane: TestPlane) -> None:
     code = """
         import modal
-        square = modal.Function.from_name("calls", "square")
-        double = modal.Function.from_name("calls", "double")
-        assert square.remote(7) == 49
-        assert double.remote(21) == 42
-        assert list(square.map(range(60), kwargs={"power": 3})) == [n**3 for n in range(60)]
+        app = modal.App("from-stdin")
+        @app.function()
+        def divide(a, b):
+            print("in the container")
+            return a / b
+        @app.local_entrypoint()
+        def main():
+            print("half", divide.remote(1, 2))
+            divide.remote(1, 0)
+    """
+    done = plane.modal("run", "-", check=False, stdin=textwrap.dedent(code))
+    assert done.returncode == 1
+    assert "half 0.5" in done.stdout
+    assert "in the container" in done.stdout
+    assert "ZeroDivisionError" in done.stdout + done.stderr
+
+
+def test_an_app_ends_with_its_client_unless_it_is_detached(plane: TestPlane) -> None:
+    name = uuid.uuid4().hex
+    output = plane.modal("run", "calls.py::leaves_work", T_MARK=f"{name}-a", T_NAME="ends").stdout
+    assert "call fc-" in output
+    plane.modal("run", "--detach", "calls.py::leaves_work", T_MARK=f"{name}-b", T_NAME="stays")
+
+    # A detached app goes on after its client, until nothing is left to do.
+    assert marks(plane, f"{name}-b-ended") == 1
+    eventually(lambda: state(plane, "stays") == "stopped")
+    assert state(plane, "ends") == "stopped"
+    assert marks(plane, f"{name}-a-ended") == 0
+
+
+def test_a_detached_run_survives_the_death_of_its_client(plane: TestPlane) -> None:
+    name = uuid.uuid4().hex
+    with run_sleeps(plane, name, "2", "--detach", app="orphan") as process:
+        eventually(lambda: marks(plane, f"{name}-began"))
+        process.kill()
+    assert "detached" in state(plane, "orphan")
+    eventually(lambda: marks(plane, f"{name}-ended"))
+    plane.modal("app", "stop", "orphan", "--yes")
+
+
+def test_an_interrupted_run_ends_its_containers(plane: TestPlane) -> None:
+    name = uuid.uuid4().hex
+    with run_sleeps(plane, name, "60", app="interrupted") as process:
+        eventually(lambda: marks(plane, f"{name}-began"))
+        process.send_signal(signal.SIGINT)
+    assert marks(plane, f"{name}-ended") == 0
+    assert not [row for row in plane.json("container", "list") if row["app_name"] == "interrupted"]
+
+
+# ---- functions of a deployed app, from outside
+
+
+def test_ways_to_call(deployed: TestPlane) -> None:
+    code = """
+        import asyncio
+        square, double, add = function("square"), function("double"), function("add")
+        assert square.remote(7) == 49 and square.remote(2, power=5) == 32
+        assert asyncio.run(double.remote.aio(21)) == 42
+        assert list(square.map(range(120), kwargs={"power": 3})) == [n**3 for n in range(120)]
+        assert sorted(square.map(range(9), order_outputs=False)) == [n * n for n in range(9)]
+        assert list(add.map([1, 2], [10, 20])) == [11, 22]
+        assert list(add.starmap([(1, 2), (3, 4)])) == [3, 7]
+        assert square.for_each(range(4)) is None
+        assert list(function("numbers").remote_gen(300)) == list(range(300))
+        assert "".join(function("letters").remote_gen("hello")) == "hello"
+        assert function("sum_of_squares").remote(5) == 30
+        assert function("factorial").remote(3) == 6
     """
     script(deployed, code)
+
+
+def test_large_arguments_and_results(deployed: TestPlane) -> None:
+    code = """
+        size_of, many_bytes = function("size_of"), function("many_bytes")
+        for megabytes in (1, 5):
+            data = b"a" + bytes(megabytes << 20) + b"z"
+            assert size_of.remote(data) == (len(data), b"az")
+            assert many_bytes.remote(megabytes << 20) == b"m" * (megabytes << 20)
+        assert [len(r) for r in many_bytes.map([3 << 20] * 3)] == [3 << 20] * 3
+        assert size_of.spawn(bytes(100_000)).get() == (100_000, bytes(2))
+    """
+    script(deployed, code)
+
+
+def test_handles_of_calls(deployed: TestPlane) -> None:
+    code = """
+        square, sleeps = function("square"), function("sleeps")
+        calls = [square.spawn(n) for n in range(4)]
+        assert modal.FunctionCall.gather(*calls) == [0, 1, 4, 9]
+        assert modal.FunctionCall.from_id(calls[3].object_id).get() == 9
+        many = square.experimental_spawn_map(range(60))
+        assert many.num_inputs() == 60 and many.get(index=7) == 49
+        assert list(many.iter(start=50)) == [n * n for n in range(50, 60)]
+        square.spawn_map(range(3))
+        long = sleeps.spawn(name, 60)
+        try:
+            long.get(timeout=0)
+        except TimeoutError:
+            pass
+        else:
+            raise AssertionError("it cannot have ended")
+        while not function("read_mark").remote(name + "-began"):
+            time.sleep(0.05)
+        began = time.monotonic()
+        modal.FunctionCall.from_id(long.object_id).cancel()
+        try:
+            long.get()
+        except modal.exception.RemoteError as error:
+            assert "cancelled" in str(error)
+        assert time.monotonic() - began < 2
+        # Its container is free again, and is the one that does the next.
+        assert sleeps.remote(name + "-next", 0) == "slept"
+        assert sleeps.get_current_stats().num_total_runners == 1
+        graph = function("sum_of_squares").spawn(3)
+        assert graph.get() == 5
+        (top,) = graph.get_call_graph()
+        assert [child.function_name for child in top.children] == ["square"] * 3
+    """
+    name = uuid.uuid4().hex
+    script(deployed, code, name=name)
+    assert marks(deployed, f"{name}-ended") == 0
+
+
+def test_failures_are_retried_and_timeouts_end_the_input(deployed: TestPlane) -> None:
+    code = """
+        assert function("flaky").remote(name + "-a", 2) == 2
+        assert function("dies").remote(name + "-b", 2) == 2, "its containers died twice"
+        try:
+            function("flaky").remote(name + "-c", 3)
+        except Exception as error:
+            assert (type(error).__name__, str(error)) == ("OwnError", "attempt 2")
+        else:
+            raise AssertionError("there was no third retry")
+        began = time.monotonic()
+        try:
+            function("slow").remote(name + "-d", 60)
+        except modal.exception.FunctionTimeoutError as error:
+            assert "timeout of 1s" in str(error)
+        assert time.monotonic() - began < 10
+    """
+    name = uuid.uuid4().hex
+    script(deployed, code, name=name)
+    eventually(lambda: marks(deployed, f"{name}-d"), seconds=5)
+    assert marks(deployed, f"{name}-c") == 3
+
+
+def test_what_cannot_be_called_says_so(deployed: TestPlane) -> None:
+    code = """
+        for app, name in (("calls", "nothing"), ("nowhere", "square")):
+            try:
+                function(name, app).remote(1)
+            except modal.exception.NotFoundError as error:
+                print(error)
+        try:
+            modal.FunctionCall.from_id("fc-" + "0" * 22).get()
+        except modal.exception.NotFoundError as error:
+            print(error)
+    """
+    said = script(deployed, code)
+    assert "has no Function or Server 'nothing'" in said
+    assert "App 'nowhere' in environment 'main' is not deployed" in said
+    assert "Function call 'fc-" in said

@@ -1,11 +1,27 @@
-"""Functions of every kind that can be called. Each prints or returns something that only it can."""
+"""Functions of every kind that can be called; each returns or prints something that only it can."""
 
 import asyncio
 import os
+import time
+import traceback
+from pathlib import Path
 
 import modal
 
 app = modal.App(os.environ.get("T_NAME", "calls"))
+marks = modal.Volume.from_name("calls-marks", create_if_missing=True)
+
+
+class OwnError(Exception):
+    """An exception of the app's own."""
+
+
+def count(name: str) -> int:
+    """How often this was called with the name before, over all containers."""
+    with Path("/marks", name).open("a+") as file:
+        before = file.tell()
+        file.write("x")
+    return before
 
 
 @app.function()
@@ -19,7 +35,109 @@ async def double(x):
     return 2 * x
 
 
+@app.function()
+def add(a, b):
+    return a + b
+
+
+@app.function()
+def numbers(n):
+    yield from range(n)
+
+
+@app.function()
+async def letters(text):
+    for letter in text:
+        yield letter
+        await asyncio.sleep(0)
+
+
+@app.function()
+def size_of(data):
+    return len(data), data[:1] + data[-1:]
+
+
+@app.function()
+def many_bytes(n):
+    return b"m" * n
+
+
+@app.function()
+def fail(x):
+    if x % 2:
+        raise OwnError(f"odd: {x}")
+    return x
+
+
+@app.function()
+def sum_of_squares(n):
+    return sum(square.map(range(n)))
+
+
+@app.function()
+def factorial(n):
+    return n * factorial.remote(n - 1) if n > 1 else 1
+
+
+@app.function(retries=modal.Retries(max_retries=2, initial_delay=0.1), volumes={"/marks": marks})
+def flaky(name, good_from):
+    before = count(name)
+    if before < good_from:
+        raise OwnError(f"attempt {before}")
+    return before
+
+
+@app.function(retries=modal.Retries(max_retries=1, initial_delay=0.0), volumes={"/marks": marks})
+def dies(name, times):
+    before = count(name)
+    if before < times:
+        os._exit(9)
+    return before
+
+
+@app.function(timeout=1, volumes={"/marks": marks})
+def slow(name, seconds):
+    try:
+        time.sleep(seconds)
+    finally:
+        count(name)
+    return "slept"
+
+
+@app.function(volumes={"/marks": marks})
+def sleeps(name: str, seconds: float):
+    count(f"{name}-began")
+    time.sleep(seconds)
+    count(f"{name}-ended")
+    return "slept"
+
+
+@app.function(volumes={"/marks": marks})
+def read_mark(name):
+    path = Path("/marks", name)
+    return len(path.read_text()) if path.exists() else 0
+
+
 @app.local_entrypoint()
-def main(n: int = 5, word: str = "hi"):
-    print("remote", square.remote(n), "local", square.local(n), word)
+def main(n: int = 5, word: str = "hi", shout: bool = False):
+    print("remote", square.remote(n), "local", square.local(n), word.upper() if shout else word)
     print("map", list(square.map(range(n))))
+    return f"result {n}"
+
+
+@app.local_entrypoint()
+def errors():
+    """What an exception brings with it, where its class is known."""
+    try:
+        fail.remote(3)
+    except OwnError as error:
+        print("caught", error, type(error.__traceback__.tb_next.tb_next).__name__)
+        print("remote frames", any("calls.py" in line for line in traceback.format_exception(error)[-3:]))
+    outcomes = list(fail.map(range(4), return_exceptions=True))
+    print("outcomes", [repr(outcome) for outcome in outcomes])
+
+
+@app.local_entrypoint()
+def leaves_work():
+    """Ends while a call is under way."""
+    print("call", sleeps.spawn(os.environ["T_MARK"], 3).object_id)
