@@ -19,19 +19,20 @@ from typing import TYPE_CHECKING, Any
 from gpuctl import catalog
 from gpuctl.catalog.pricing import pricing
 from gpuctl.errors import usage_error
-from gpuctl.specs.gpu import ANY
+from gpuctl.specs.gpu import ANY, GpuChoice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from gpuctl.catalog.pricing import ModalPlan
     from gpuctl.prices import Rates
-    from gpuctl.specs.gpu import GpuChoice
     from gpuctl.specs.serve import Amount, ServeSpec
 
 HOURS_PER_MONTH = 730  # 8760 / 12
 _MIB_PER_GIB = 1024
 _CENT = Decimal("0.01")
+_COUNTS = (1, 2, 4, 8)  # of cards in a container: what a model's heads can be divided by
+_FEW = 3  # GPUs that a refusal names
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,17 @@ def region_multiplier(region: Sequence[str]) -> Decimal:
     )
 
 
-def within(spec: ServeSpec, choices: Sequence[GpuChoice], rates: Rates) -> tuple[ServeSpec, str | None]:
+def within(
+    spec: ServeSpec,
+    choices: Sequence[GpuChoice],
+    rates: Rates,
+    *,
+    starts: Callable[[GpuChoice], bool] = lambda _: True,
+) -> tuple[ServeSpec, str | None]:
     """`spec` with as many containers as `--max-hourly-cost` pays for, and what was lowered, in words.
 
-    A usage error where not one container can be paid, or not those that always run.
+    A usage error where not one container can be paid, or not those that always run; of what could be asked for instead
+    it names what `starts` the model.
     """
     limit = spec.max_hourly_cost
     if limit is None:
@@ -247,13 +255,13 @@ def within(spec: ServeSpec, choices: Sequence[GpuChoice], rates: Rates) -> tuple
     if each > limit:
         raise usage_error(
             f"--max-hourly-cost: {usd(limit)} is less than one container costs, {usd(each)} an hour on "
-            f"{cost.dearest.gpu} ({cost.rates.said()}); {_cheaper(spec, choices, rates, limit)}"
+            f"{cost.dearest.gpu} by {cost.rates.named()}; {_cheaper(spec, choices, rates, limit, starts)}"
         )
     affordable = int((limit / each).to_integral_value(ROUND_FLOOR)) if each else spec.max_containers
     if affordable < spec.min_containers:
         raise usage_error(
             f"--max-hourly-cost: {usd(limit)} is less than --min-containers {spec.min_containers} cost, "
-            f"{usd(each * spec.min_containers)} an hour ({cost.rates.said()}); it pays for {affordable}"
+            f"{usd(each * spec.min_containers)} an hour by {cost.rates.named()}; it pays for {affordable}"
         )
     if affordable >= spec.max_containers:
         return spec, None
@@ -330,8 +338,14 @@ def _container(
     )
 
 
-def _cheaper(spec: ServeSpec, choices: Sequence[GpuChoice], rates: Rates, limit: Decimal) -> str:
-    """What one could ask for instead, the dearest first; where nothing is cheap enough, the cheapest that there is."""
+def _cheaper(
+    spec: ServeSpec,
+    choices: Sequence[GpuChoice],
+    rates: Rates,
+    limit: Decimal,
+    starts: Callable[[GpuChoice], bool],
+) -> str:
+    """What one could ask for instead: as many cards first, the dearest first; else the cheapest that starts it."""
     count = choices[0].count
 
     def each(choice: GpuChoice) -> Decimal:
@@ -343,18 +357,23 @@ def _cheaper(spec: ServeSpec, choices: Sequence[GpuChoice], rates: Rates, limit:
         return f"cheap enough: --gpu {rest} ({usd(max(map(each, kept)))})"
     if spec.region and _without_region(spec, choices, rates) <= limit:
         return f"cheap enough: without --region ({usd(_without_region(spec, choices, rates))})"
-    others = [dataclasses.replace(choices[0], type=name, count=1, exact=False) for name in catalog.gpus()]
-    for cards in sorted({count, *(few for few in (4, 2, 1) if few < count)}, reverse=True):
-        same = [
-            dataclasses.replace(other, count=cards)
-            for other in others
-            if cards <= catalog.gpus()[other.type].max_count
-        ]
-        found = sorted(((each(one), str(one)) for one in same if each(one) <= limit), reverse=True)
-        if found:
-            return "cheap enough: " + ", ".join(f"--gpu {gpu} ({usd(price)})" for price, gpu in found[:3])
-    price, gpu = min((each(other), str(other)) for other in others)
-    return f"the cheapest is --gpu {gpu}, {usd(price)}"
+    others = [
+        GpuChoice(card.name, cards)
+        for card in catalog.gpus().values()
+        for cards in sorted({count, *_COUNTS})
+        if cards <= card.max_count
+    ]
+    others.sort(key=lambda choice: (choice.count != count, -each(choice), choice.count))
+    found = [choice for choice in others if each(choice) <= limit and starts(choice)]
+    if found:
+        named = {each(choice): choice for choice in reversed(found)}  # of two names of one card, the first
+        few = sorted(named.items(), key=lambda pair: found.index(pair[1]))[:_FEW]
+        return "cheap enough: " + ", ".join(f"--gpu {choice} ({usd(price)})" for price, choice in few)
+    enough = [choice for choice in others if starts(choice)]
+    if not enough:
+        return "no GPU that starts it is known"
+    cheapest = min(enough, key=each)
+    return f"the cheapest that starts it is --gpu {cheapest}, {usd(each(cheapest))}"
 
 
 def _without_region(spec: ServeSpec, choices: Sequence[GpuChoice], rates: Rates) -> Decimal:

@@ -20,7 +20,7 @@ from gpuctl.prices import from_catalogue
 from gpuctl.render import engine_args, render_serve
 from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
 from gpuctl.target import Target
-from gpuctl.verdicts import settle
+from gpuctl.verdicts import settle, starts_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -85,7 +85,8 @@ def plan_serve(
     cost = lowered = None
     gpu = spec.gpu
     if gpu is not None and spec.target is not Target.LOCAL:
-        spec, lowered = within(spec, gpu.choices, rates)
+        if spec.max_hourly_cost is not None:
+            spec, lowered = within(spec, gpu.choices, rates, starts=starts_on(spec, found, rates))
         cost = cost_of(spec, gpu.choices, rates)
     source = render_serve(spec, argv=command, head=settled.head)
     notes = [*_notes(spec), *found.notes, *settled.notes]

@@ -110,6 +110,10 @@ class Rates:
             )
         return own + strange
 
+    def named(self) -> str:
+        """Whose prices they are, in a few words: for an error, where `said` would be too long."""
+        return "your account's prices" if self.source == "account" else f"list prices of {self._days()}"
+
     def document(self, *, at: datetime | None = None) -> dict[str, Any]:
         """`prices` in the documents of `--json` (docs/json.md)."""
         fetched_at = self.fetched_at

@@ -21,6 +21,7 @@ from gpuctl.fitting import (
     cards,
     check_context,
     facts_of,
+    judge_choice,
     judge_with,
     longest_of,
     many,
@@ -34,7 +35,7 @@ from gpuctl.specs.gpu import GpuChoice, GpuRequest
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from gpuctl.configs import Found
     from gpuctl.fit.values import Candidate, Card, ModelFacts
@@ -94,16 +95,33 @@ def settle(spec: ServeSpec, found: Found, rates: Rates, *, argv: Sequence[str]) 
 
     `argv` is the command, from which the one that would work is made.
     """
-    ask, unknowable = _ask(spec)
-    facts = _with_context(spec, _facts(spec, found), unknowable)
-    judge = _careful(judge_with(spec.vllm_version), unknowable, memory_args(spec.engine_args).lessens)
-    case = _Case(spec, facts, ask, judge, cards(rates), found, tuple(argv))
+    case = _case(spec, found, rates, argv)
     settled = Settled(spec)
     if spec.auto:
         settled = _chosen(case)
     elif spec.gpu is not None:
         settled = _named(case, spec.gpu)
     return _on_cpu(case, settled) if spec.target is Target.LOCAL else settled
+
+
+def starts_on(spec: ServeSpec, found: Found, rates: Rates) -> Callable[[GpuChoice], bool]:
+    """Whether a choice of GPUs would not be refused for `spec`: what else might be asked for."""
+    case = _case(spec, found, rates, ())
+
+    def starts(choice: GpuChoice) -> bool:
+        one = judge_choice(
+            case.facts, choice, case.ask, concurrency=case.concurrency, judge=case.judge, cards=case.cards
+        )
+        return spec.force or one.verdict is not Verdict.NO
+
+    return starts
+
+
+def _case(spec: ServeSpec, found: Found, rates: Rates, argv: Sequence[str]) -> _Case:
+    ask, unknowable = _ask(spec)
+    facts = _with_context(spec, _facts(spec, found), unknowable)
+    judge = _careful(judge_with(spec.vllm_version), unknowable, memory_args(spec.engine_args).lessens)
+    return _Case(spec, facts, ask, judge, cards(rates), found, tuple(argv))
 
 
 # -- the three ways

@@ -230,13 +230,25 @@ def test_what_is_cheap_enough_is_left_alone(options: dict[str, str]) -> None:
 def test_less_than_one_container_is_refused_with_what_would_do() -> None:
     said = refused(max_hourly_cost="3")
     assert "--max-hourly-cost: $3.00 is less than one container costs, $3.96 an hour on H100" in said
-    assert "cheap enough: --gpu A100-80GB ($2.51), --gpu L40S ($1.96)" in said
-    assert "account's own prices" in said
+    assert "by your account's prices; cheap enough: --gpu A100-80GB ($2.51), --gpu L40S ($1.96)" in said
     assert "cheap enough: --gpu L4,T4 ($0.81)" in refused(gpu="H100,L4,T4", max_hourly_cost="3")
     assert "cheap enough: without --region ($3.96)" in refused(region="us", max_hourly_cost="4")
-    assert "--gpu L4:4 ($3.21)" in refused(gpu="H100:8", max_hourly_cost="3.30")
-    assert "the cheapest is --gpu T4, $0.60" in refused(max_hourly_cost="0.5")
+    assert "cheap enough: --gpu L4:4 ($3.21)" in refused(gpu="H100:8", max_hourly_cost="3.30")
+    assert "the cheapest that starts it is --gpu T4, $0.60" in refused(max_hourly_cost="0.5")
     assert "on any: B200 " in refused(gpu="any", max_hourly_cost="5")
+
+
+def test_only_what_starts_the_model_is_named() -> None:
+    def instead(limit: str, *starting: str) -> str:
+        spec = a_spec(max_hourly_cost=limit)
+        assert spec.gpu is not None
+        with pytest.raises(GpuctlError) as error:
+            within(spec, spec.gpu.choices, RATES, starts=lambda choice: str(choice) in starting)
+        return str(error.value).partition("; ")[2]
+
+    assert instead("3", "L40S", "L4:2", "H200:8") == "cheap enough: --gpu L40S ($1.96), --gpu L4:2 ($1.61)"
+    assert instead("1", "L40S", "L4:2") == "the cheapest that starts it is --gpu L4:2, $1.61"
+    assert instead("1") == "no GPU that starts it is known"
 
 
 def test_limits_count_and_not_the_reservation() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gpuctl import catalog
+from gpuctl.errors import GpuctlError
 from gpuctl.configs import of_ref
 from gpuctl.plan import Plan, command_of, plan_serve
 from gpuctl.specs.serve import ServeSpec
@@ -131,6 +132,17 @@ def test_a_plan_that_was_lowered_is_rendered_lowered() -> None:
     assert any(
         note.startswith("--max-hourly-cost 10: at most 2 containers instead of 5") for note in made.notes
     )
+
+
+def test_a_bound_names_gpus_that_start_this_model() -> None:
+    with pytest.raises(GpuctlError, match="one container costs, \\$36.32 an hour on H200:8") as error:
+        plan(model="llama3-70b", gpu="H200:8", max_hourly_cost="12", secret=["huggingface"])
+    named = re.findall(r"--gpu (\S+) \(", str(error.value))
+    assert named
+    for gpu in named:  # what it advises is taken
+        assert plan(model="llama3-70b", gpu=gpu, max_hourly_cost="12").cost is not None
+    with pytest.raises(GpuctlError, match="the cheapest that starts it is --gpu ") as error:
+        plan(model="llama3-70b", gpu="H200:8", max_hourly_cost="2")
 
 
 def test_other_warnings() -> None:
