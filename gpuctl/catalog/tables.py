@@ -29,11 +29,40 @@ def compiled(name: str) -> str:
     return "{\n" + ",\n".join(f"{_json(key)}:{_rows(content[key])}" for key in content) + "\n}\n"
 
 
+def local_rates() -> str:
+    """What `local/rates.json` has to hold: the list prices by the keys of `modal billing rates --json`, USD per hour.
+
+    The local control plane answers with it. It imports nothing of the catalogue, so it is given the prices as data.
+    """
+    import tomllib
+    from decimal import Decimal
+
+    def read(name: str) -> dict[str, Any]:
+        return tomllib.loads((_HERE / name).read_text(encoding="utf-8"), parse_float=Decimal)
+
+    pricing, gpus = read("pricing.toml"), {gpu["name"]: gpu for gpu in read("gpus.toml")["gpu"]}
+    keys = pricing["rate_keys"]
+    rates: dict[str, str] = {}
+    days: set[Any] = set()
+    for what in ("cpu_core", "memory_gib"):
+        row = pricing[f"{what}_hour"]
+        rates[keys[what]], days = str(row["usd"]), days | {row["as_of"]}
+    for name, key in keys["gpus"].items():
+        rates[key] = str((gpus[name]["usd_per_second"] * 3600).normalize())
+        days.add(gpus[name]["price_as_of"])
+    document = {
+        "as_of": [min(days).isoformat(), max(days).isoformat()],
+        "rates": dict(sorted(rates.items())),
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
 def compile_all() -> list[Path]:
     """Write them; those that were not as they should be."""
     changed = []
-    for name in NAMES:
-        path, text = _HERE / "compiled" / f"{name}.json", compiled(name)
+    texts = {_HERE / "compiled" / f"{name}.json": compiled(name) for name in NAMES}
+    texts[_HERE.parent / "local" / "rates.json"] = local_rates()
+    for path, text in texts.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -17,13 +17,12 @@ from gpuctl.local.store import App, Deployment, Layout, Store
 from gpuctl.local.wire import WORKSPACE, Call, conflict, empty, invalid, not_found, rpc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gpuctl.local import pools, servers
     from gpuctl.local.calls import Calls
     from gpuctl.local.functions import Functions
     from gpuctl.local.image_rpcs import Images
-    from gpuctl.local.items import Items
     from gpuctl.local.logs import Logs
     from gpuctl.local.mounts import Mounts
     from gpuctl.local.servers import Servers
@@ -44,7 +43,10 @@ _LISTED_SECONDS = 86400.0  # how long a stopped app stays in `modal app list`
 
 
 class Apps:
-    """`modal app …`, `modal deploy`, and the life of an app from creation to its stop."""
+    """`modal app …`, `modal deploy`, and the life of an app from creation to its stop.
+
+    `forget_environment`: what removes the other objects of an environment (by its id) that is deleted.
+    """
 
     def __init__(
         self,
@@ -58,10 +60,10 @@ class Apps:
         calls: Calls,
         tasks: Tasks,
         logs: Logs,
-        items: Items,
+        forget_environment: Sequence[Callable[[str], None]],
     ) -> None:
         self._store = store
-        self._items = items
+        self._forget_environment = forget_environment
         self._environments = environments
         self._functions = functions
         self._images = images
@@ -477,7 +479,8 @@ class Apps:
         for app in self._store.apps(environment_id=environment.id):
             await self.stop_app(app)
         self._store.delete_environment(environment.id)
-        self._items.delete_environment(environment.id)
+        for forget in self._forget_environment:
+            forget(environment.id)
         return empty()
 
 

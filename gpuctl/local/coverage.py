@@ -13,6 +13,7 @@ def served(service: str = "ModalClient") -> dict[str, str]:
     """RPC of a service → how it differs from the cloud's, "" for not at all; of those that have a handler."""
     from gpuctl.local import (
         apps,
+        billing,
         blobs,
         calls,
         command_router,
@@ -47,6 +48,7 @@ def served(service: str = "ModalClient") -> dict[str, str]:
         dicts.Dicts,
         queues.Queues,
         proxy_tokens.ProxyTokens,
+        billing.Billing,
         logs.Logs,
     )
     if service == "TaskCommandRouter":

@@ -172,6 +172,7 @@ class ControlPlane:
 
     def __init__(self, state_dir: Path, cache_dir: Path) -> None:
         from gpuctl.local.apps import Apps
+        from gpuctl.local.billing import Billing
         from gpuctl.local.blobs import Blobs
         from gpuctl.local.calls import Calls
         from gpuctl.local.capacity import Capacity
@@ -208,6 +209,7 @@ class ControlPlane:
         self._mounts = Mounts(store, self._blobs)
         self._volumes = Volumes(store, self._environments, self._blobs, state_dir / "volumes")
         self._secrets = Secrets(store, self._environments, state_dir / "secrets", key)
+        self._billing = Billing()
         self._items = Items(store)
         self._dicts = Dicts(self._items, self._environments)
         self._queues = Queues(self._items, self._environments)
@@ -244,7 +246,7 @@ class ControlPlane:
             self._calls,
             self._tasks,
             self._logs,
-            self._items,
+            [noun.forget_environment for noun in (self._items, self._volumes, self._secrets)],
         )
         run = state_dir / "run"
         run.mkdir(exist_ok=True, mode=0o700)
@@ -293,6 +295,7 @@ class ControlPlane:
             self._dicts,
             self._queues,
             self._proxy_tokens,
+            self._billing,
             self._logs,
         )
 
@@ -338,6 +341,7 @@ class ControlPlane:
         """Remove what has expired, now and then. Runs for ever."""
         while True:
             self._items.sweep()
+            await self._volumes.sweep()
             await asyncio.sleep(_SWEEP_SECONDS)
 
     def _listener(self, port: int | None) -> socket.socket:

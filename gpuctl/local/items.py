@@ -111,7 +111,7 @@ class Items:
         with self._transaction():
             self._delete(collection_id)
 
-    def delete_environment(self, environment_id: str) -> None:
+    def forget_environment(self, environment_id: str) -> None:
         with self._transaction():
             for (found,) in self._db.execute(
                 "SELECT id FROM collections WHERE environment_id = ?", [environment_id]

@@ -146,6 +146,14 @@ class Secrets:
     @rpc("SecretDelete")
     async def delete(self, request: Any, _call: Call) -> Any:
         self._read(request.secret_id)
-        self._store.delete_secret(request.secret_id)
-        (self._folder / request.secret_id).unlink(missing_ok=True)
+        self._delete(request.secret_id)
         return empty()
+
+    def _delete(self, secret_id: str) -> None:
+        self._store.delete_secret(secret_id)
+        (self._folder / secret_id).unlink(missing_ok=True)
+
+    def forget_environment(self, environment_id: str) -> None:
+        """Delete all that it has."""
+        for row in self._store.secrets(environment_id):
+            self._delete(row.id)

@@ -458,6 +458,9 @@ class Store:
             [environment_id],
         )
 
+    def anonymous_volumes(self) -> list[Volume]:
+        return self._all(Volume, "SELECT * FROM volumes WHERE name = ''")
+
     def rename_volume(self, volume_id: str, name: str) -> None:
         self._db.execute("UPDATE volumes SET name = ? WHERE id = ?", [name, volume_id])
 

@@ -15,6 +15,7 @@ from modal_proto import api_pb2
 
 from gpuctl.local.environments import Environments, check_name
 from gpuctl.local.ids import is_id, new_id
+from gpuctl.local.named import EPHEMERAL_SECONDS
 from gpuctl.local.store import Store, Volume
 from gpuctl.local.uploads import BLOCK, Finished, Uploads
 from gpuctl.local.wire import WORKSPACE, Call, already_exists, conflict, empty, invalid, not_found, rpc
@@ -38,6 +39,7 @@ class Volumes:
         self._environments = environments
         self._blobs = blobs
         self._folder = folder
+        self._beats: dict[str, float] = {}  # when the client of an ephemeral Volume was heard of
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         blobs.serve("volume", self._block)
         # On the same disk as the Volumes, so that a file that is complete is renamed into its Volume.
@@ -127,14 +129,37 @@ class Volumes:
 
     @rpc("VolumeDelete")
     async def delete(self, request: Any, _call: Call) -> Any:
-        root = self.root(request.volume_id)
-        self._store.delete_volume(request.volume_id)
-        shutil.rmtree(root, ignore_errors=True)
+        self.root(request.volume_id)
+        await asyncio.to_thread(self._remove, self._delete(request.volume_id))
         return empty()
 
-    @rpc("VolumeHeartbeat", differs="an ephemeral Volume stays until it is deleted")
-    async def heartbeat(self, _request: Any, _call: Call) -> Any:
+    def _delete(self, volume_id: str) -> Path:
+        """Forget it; returns what is left to remove."""
+        self._store.delete_volume(volume_id)
+        self._beats.pop(volume_id, None)
+        return self._folder / volume_id
+
+    @staticmethod
+    def _remove(root: Path) -> None:
+        shutil.rmtree(root, ignore_errors=True)
+
+    def forget_environment(self, environment_id: str) -> None:
+        """Delete all that it has."""
+        for row in self._store.volumes(environment_id):
+            self._remove(self._delete(row.id))
+
+    @rpc("VolumeHeartbeat")
+    async def heartbeat(self, request: Any, _call: Call) -> Any:
+        self.root(request.volume_id)
+        self._beats[request.volume_id] = time.monotonic()
         return empty()
+
+    async def sweep(self) -> None:
+        """Delete the ephemeral Volumes whose clients have gone without a word."""
+        now = time.monotonic()
+        for row in self._store.anonymous_volumes():
+            if now - self._beats.setdefault(row.id, now) > EPHEMERAL_SECONDS:
+                await asyncio.to_thread(self._remove, self._delete(row.id))
 
     @rpc("VolumeCommit", differs=_SHARED)
     async def commit(self, request: Any, _call: Call) -> Any:

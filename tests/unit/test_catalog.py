@@ -13,6 +13,14 @@ from gpuctl import catalog
 from gpuctl.catalog import tables
 
 
+def test_the_local_plane_answers_with_the_catalogue_s_prices() -> None:
+    path = Path(tables.__file__).parents[1] / "local" / "rates.json"
+    assert path.read_text(encoding="utf-8") == tables.local_rates(), "run: python -m gpuctl.catalog"
+    rates = json.loads(path.read_text(encoding="utf-8"))["rates"]
+    assert rates["gpu_hour_cost_t4"] == "0.5904"  # 0.000164 a second
+    assert rates["cpu_hour_cost"] == "0.0473"
+
+
 @pytest.mark.parametrize("name", tables.NAMES)
 def test_what_is_read_is_what_is_written(name: str) -> None:
     path = Path(tables.__file__).parent / "compiled" / f"{name}.json"

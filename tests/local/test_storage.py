@@ -1,0 +1,123 @@
+"""Volumes, Secrets, environments, prices: the SDK in functions and outside, and the whole command lines."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from .planes import TestPlane
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def run(plane: TestPlane, app: str, **extra: str) -> Any:
+    """What an app prints, as JSON."""
+    return json.loads(plane.modal("run", "-q", app, **extra).stdout.splitlines()[-1])
+
+
+def test_volumes(plane: TestPlane) -> None:
+    found = run(plane, "storage.py")
+    assert found.pop("read only") == ["one", "OSError: [Errno 30] Read-only file system: '/data/denied'"]
+    assert found.pop("removed").endswith("No such file or directory: 'up'.")
+    assert found.pop("missing").startswith("FileNotFoundError: ")
+    assert found.pop("gone").endswith("Volume 'storage-more' not found in environment 'main'.")
+    assert found == {
+        "two places": ["x"],
+        "concurrent": [0, 1, 2, 3],
+        "lines": 200,
+        "sub path": ["0", "1", "2", "3"],
+        "zeros": [True, True],
+        "code": True,
+        "listdir": ["up/all", "up/code.py", "up/zeros", "up/zeros again"],
+        "iterdir": 4,
+        "copied": ["a/b.txt", "a/code.py", "a/shared.txt"],
+        "info": "storage-data",
+        "ephemeral": ["x"],
+        "objects": True,
+    }
+
+
+def test_secrets(plane: TestPlane) -> None:
+    plane.quick("secret", "create", "storage-secret", "B=named", "C=c d=e", "--force")
+    found = run(plane, "variables.py", T_LOCAL="local")
+    assert found == {
+        "A": "from dict",
+        "B": "named",
+        "C": "c d=e",
+        "FROM_FILE": "file value",
+        "EMPTY": "",
+        "T_LOCAL": "local",
+        "NONE": None,
+    }
+    plane.quick("secret", "delete", "storage-secret", "--yes")
+    done = plane.modal("run", "-q", "variables.py", check=False, T_LOCAL="local")
+    assert done.returncode == 1
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "Secret 'storage-secret' not found in environment 'main'" in said
+
+
+def test_secret_files(plane: TestPlane, tmp_path: Path) -> None:
+    dotenv = tmp_path / "x.env"
+    dotenv.write_text("A=1\nB='two words'\n")
+    plane.quick("secret", "create", "dotted", "--from-dotenv", str(dotenv))
+    listed = {row["name"]: row for row in plane.json("secret", "list")}
+    assert listed["dotted"]["created_by"] == "local"
+    plane.quick("secret", "delete", "dotted", "--yes")
+    gone = plane.quick("secret", "delete", "dotted", "--yes", check=False)
+    assert gone.returncode == 1
+    plane.quick("secret", "delete", "dotted", "--yes", "--allow-missing")
+
+
+def test_the_volume_command_line(plane: TestPlane, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "in").mkdir(parents=True)
+    for name in ("a", "in/b", "in/c"):
+        (folder / name).write_text(name)
+    plane.quick("volume", "create", "cli")
+    again = plane.quick("volume", "create", "cli", check=False)
+    assert again.returncode == 1
+    assert "Volume 'cli' already exists" in " ".join((again.stdout + again.stderr).split())
+    plane.quick("volume", "put", "cli", str(folder), "/up")
+    assert sorted(f["filename"] for f in plane.json("volume", "ls", "cli", "up")) == ["up/a", "up/in"]
+    assert plane.quick("volume", "get", "cli", "up/in/b", "-").stdout.startswith("in/b")
+    (tmp_path / "back").mkdir()
+    plane.quick("volume", "get", "cli", "up", str(tmp_path / "back"))
+    assert (tmp_path / "back/up/in/c").read_text() == "in/c"
+    plane.quick("volume", "cp", "-r", "cli", "up/in", "other")
+    missing = plane.quick("volume", "rm", "cli", "never", check=False)
+    assert missing.returncode != 0
+    plane.quick("volume", "rm", "cli", "up", "-r")
+    assert [f["filename"] for f in plane.json("volume", "ls", "cli")] == ["other"]
+    plane.quick("volume", "rename", "cli", "cli-two", "--yes")
+    assert {"cli-two"} == {v["name"] for v in plane.json("volume", "list")} & {"cli", "cli-two"}
+    plane.quick("volume", "delete", "cli-two", "--yes")
+    for command in (["ls", "cli"], ["put", "cli", __file__], ["get", "cli", "x"], ["delete", "cli", "--yes"]):
+        done = plane.quick("volume", *command, check=False)
+        assert done.returncode == 1, command
+        assert "Volume 'cli' not found in environment 'main'" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_environments(plane: TestPlane) -> None:
+    plane.quick("environment", "create", "nest")
+    plane.quick("volume", "create", "egg", "-e", "nest")
+    plane.quick("secret", "create", "shell", "A=1", "-e", "nest")
+    kept = list((plane.state_dir / "secrets").iterdir()), list((plane.state_dir / "volumes").iterdir())
+    plane.quick("environment", "update", "nest", "--set-name", "tree")
+    assert [v["name"] for v in plane.json("volume", "list", "-e", "tree")] == ["egg"]
+    taken = plane.quick("environment", "create", "tree", check=False)
+    assert taken.returncode == 1
+    plane.quick("environment", "delete", "tree", "--yes")
+    assert "tree" not in [e["name"] for e in plane.json("environment", "list")]
+    now = list((plane.state_dir / "secrets").iterdir()), list((plane.state_dir / "volumes").iterdir())
+    assert [len(before) - len(after) for before, after in zip(kept, now, strict=True)] == [1, 1]
+    default = plane.quick("environment", "delete", "main", "--yes", check=False)
+    assert default.returncode == 1
+
+
+def test_prices(plane: TestPlane) -> None:
+    rates = json.loads(plane.quick("billing", "rates", "--json").stdout)
+    assert rates["gpu_hour_cost_t4"] == "0.5904"
+    said = plane.quick("billing", "rates").stdout
+    assert "Nothing is billed on this machine" in said
+    assert "0.5904" in said
