@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gpuctl import catalog
-from gpuctl.errors import GpuctlError
 from gpuctl.configs import of_ref
+from gpuctl.errors import GpuctlError
 from gpuctl.plan import Plan, command_of, plan_serve
 from gpuctl.specs.serve import ServeSpec
 from gpuctl.target import Target
@@ -135,7 +135,7 @@ def test_a_plan_that_was_lowered_is_rendered_lowered() -> None:
 
 
 def test_a_bound_names_gpus_that_start_this_model() -> None:
-    with pytest.raises(GpuctlError, match="one container costs, \\$36.32 an hour on H200:8") as error:
+    with pytest.raises(GpuctlError, match=r"one container costs, \$36.32 an hour on H200:8") as error:
         plan(model="llama3-70b", gpu="H200:8", max_hourly_cost="12", secret=["huggingface"])
     named = re.findall(r"--gpu (\S+) \(", str(error.value))
     assert named
