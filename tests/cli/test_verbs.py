@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -448,10 +449,13 @@ def complete(words: str) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.usefixtures("record")
-def test_names_complete_from_the_records() -> None:
+def test_names_complete_from_the_records(record: DeploymentRecord) -> None:
     assert complete("gpuctl logs --local t") == ["tiny"]
-    assert complete("gpuctl stop t") == []  # on Modal there is none
+    assert complete("gpuctl stop t") == ["tiny"]  # --local may follow
+    on_modal = dataclasses.replace(record, target=Target.MODAL, name="tower")
+    Records(state_dir()).save(on_modal)
+    assert complete("gpuctl stop t") == ["tower"]
+    assert complete("gpuctl logs --local t") == ["tiny"]
     assert complete("gpuctl l") == ["logs", "local"]
     assert complete("gpuctl serve tiny --strategy r") == list(limits.STRATEGIES)
     assert set(complete("gpuctl serve tiny --cloud ")) == set(limits.CLOUDS)
