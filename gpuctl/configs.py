@@ -298,7 +298,10 @@ def _noted(found: Found, note: str) -> Found:
 
 def _nothing_instead(error: GpuctlError, repo: str) -> GpuctlError:
     near = difflib.get_close_matches(
-        repo, [model.repo for model in catalog.models().values() if model.repo], n=3, cutoff=0.6
+        repo,
+        [model.repo for model in catalog.models().values() if model.repo not in (None, repo)],
+        n=3,
+        cutoff=0.6,
     )
     close = f"; the catalogue has {' and '.join(near)}" if near else ""
     return GpuctlError(

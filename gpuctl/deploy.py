@@ -1,8 +1,8 @@
 """Carry a plan out: write the file, `modal deploy` it, record it, wait for its first answer, say how to use it.
 
 Nothing is decided here that the plan has not decided; `--dry-run` shows the same plan. May import:
-`gpuctl.errors`, `cost`, `files`, `paths`, `modal_cli`, `plan`, `reach`, `records`, `snippets`, `target`, `tokens`,
-`wait`.
+`gpuctl.errors`, `cost`, `files`, `fitting`, `paths`, `modal_cli`, `plan`, `reach`, `records`, `snippets`, `target`,
+`tokens`, `wait`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from gpuctl import __version__
 from gpuctl.cost import usd
 from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.files import write_private
+from gpuctl.fitting import document
 from gpuctl.modal_cli import check_version, deploy_argv, server_info_argv, shown
 from gpuctl.paths import state_dir
 from gpuctl.reach import (
@@ -73,6 +74,8 @@ class Deployed:
     app_id: str
     seconds: dict[str, float]
     cost: dict[str, Any] | None
+    max_model_len: int | None
+    fit: tuple[dict[str, Any], ...]
 
     def document(self) -> dict[str, Any]:
         """`serve --json` (docs/json.md). Holds no credential."""
@@ -87,6 +90,8 @@ class Deployed:
             "app_id": self.app_id,
             "seconds": self.seconds,
             "cost": self.cost,
+            "max_model_len": self.max_model_len,
+            "fit": list(self.fit),
         }
 
 
@@ -166,6 +171,8 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
         app_id=app_id,
         seconds=seconds,
         cost=plan.cost.document() if plan.cost else None,
+        max_model_len=plan.spec.max_model_len,
+        fit=tuple(document(candidate) for candidate in plan.candidates),
     )
     _show(deployed, use, console)
     return deployed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpuctl import catalog
 from gpuctl.errors import usage_error
@@ -401,6 +401,35 @@ def _card(choice: GpuChoice, cards: Mapping[str, Card]) -> tuple[Card, tuple[str
             f"which {gpu.name}! forbids",
         )
     return card, ()
+
+
+def document(one: Candidate) -> dict[str, Any]:
+    """One verdict: GiB of the fullest GPU; tokens, context, requests and throughput of all GPUs together."""
+    per_gpu = one.per_gpu
+
+    def gib(size: int | None) -> float | None:
+        return None if size is None else round(size / GIB, 3)
+
+    return {
+        "gpu": one.gpu,
+        "count": one.count,
+        "verdict": str(one.verdict),
+        "reason": one.reason,
+        "assumptions": list(one.assumptions),
+        "weights_gib": gib(per_gpu.weights if per_gpu else None),
+        "activation_gib": gib(per_gpu.activation if per_gpu else None),
+        "non_torch_gib": gib(per_gpu.non_torch if per_gpu else None),
+        "graph_gib": gib(per_gpu.graph if per_gpu else None),
+        "kv_cache_gib": gib(per_gpu.kv_cache if per_gpu else None),
+        "reserve_gib": gib(per_gpu.reserve if per_gpu else None),
+        "kv_cache_tokens": one.kv_cache_tokens,
+        "max_context": one.max_context,
+        "max_concurrency": one.max_concurrency,
+        "usd_per_hour": one.usd_per_hour,
+        "decode_tokens_per_s": one.decode_tokens_per_s,
+        "prefill_tokens_per_s": one.prefill_tokens_per_s,
+        "usd_per_million_tokens": one.usd_per_million_tokens,
+    }
 
 
 # -- which to take

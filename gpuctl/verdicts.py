@@ -217,7 +217,7 @@ def _kept(case: _Case, request: GpuRequest, candidates: Sequence[Candidate]) -> 
     notes: list[str] = []
     warnings: list[str] = []
     for one in candidates:
-        notes += [f"fit: assumed {text.partition(': assumed ')[2] or text}" for text in one.assumptions]
+        notes += [f"fit: {text}" for text in one.assumptions]
         if one.verdict is Verdict.UNKNOWN:
             warnings.append(f"whether {case.facts.name} fits on {spelled(one)} is not known: {one.reason}")
         else:

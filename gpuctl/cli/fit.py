@@ -152,7 +152,7 @@ def _show(spec: FitSpec, assessment: Assessment, prices: str, console: Console) 
     if shown:
         say(legend(unicode=unicode))
     for assumption in dict.fromkeys(said for one in shown for said in one.assumptions):
-        say(f"Assumed: {assumption}.")
+        say(f"Note: {assumption}.")
     if len(shown) < len(assessment.candidates):
         say("Each card with as few of it as will do; --json has all, --gpu those that you name.")
     say(f"Prices: {prices}.")
@@ -169,8 +169,13 @@ def _show(spec: FitSpec, assessment: Assessment, prices: str, console: Console) 
 def _about_model(assessment: Assessment) -> str:
     facts = assessment.facts
     parts = [facts.name if facts.repo in (None, facts.name) else f"{facts.name} ({facts.repo})"]
+    if facts.architecture is not None:
+        total, active = facts.architecture.parameters, facts.architecture.active_parameters
+        parts.append(f"{total / 1e9:.2f} billion parameters")
+        if active < 0.9 * total:
+            parts.append(f"{active / 1e9:.2f} of them active")
     if facts.weight_bytes is not None:
-        parts.append(f"{facts.weight_bytes / 2**30:.1f} GiB of weights")
+        parts.append(f"{facts.weight_bytes / 2**30:.1f} GiB of weights in its files")
     if facts.own_context is not None:
         parts.append(f"a context of {facts.own_context:,} tokens")
     return f"{', '.join(parts)}; from {facts.source}."
@@ -258,6 +263,8 @@ def _document(
     spec: FitSpec, notes: tuple[str, ...], assessment: Assessment, prices: dict[str, Any]
 ) -> dict[str, Any]:
     """The document of --json (docs/json.md)."""
+    from gpuctl.fitting import document
+
     facts, ask = assessment.facts, assessment.ask
     return {
         "model": {
@@ -266,6 +273,9 @@ def _document(
             "revision": facts.revision,
             "kind": facts.kind,
             "context": facts.own_context,
+            "parameters": None if facts.architecture is None else facts.architecture.parameters,
+            "active_parameters": None if facts.architecture is None else facts.architecture.active_parameters,
+            "weight_bytes": facts.weight_bytes,
             "source": facts.source,
             "notes": list(notes),
         },
@@ -281,7 +291,7 @@ def _document(
             "pipeline_parallel": ask.pipeline_parallel,
             "engine_version": ask.engine_version,
         },
-        "candidates": [candidate_document(one) for one in assessment.candidates],
+        "candidates": [document(one) for one in assessment.candidates],
         "pick": None
         if assessment.pick is None
         else {"gpu": assessment.pick.gpu, "count": assessment.pick.count},
@@ -300,33 +310,4 @@ def _change_document(spec: FitSpec, change: Change) -> dict[str, Any]:
         "gpu": change.candidate.gpu,
         "count": change.candidate.count,
         "usd_per_hour": change.candidate.usd_per_hour,
-    }
-
-
-def candidate_document(one: Candidate) -> dict[str, Any]:
-    """One verdict: GiB of the fullest GPU; tokens, context, requests and throughput of all GPUs together."""
-    per_gpu = one.per_gpu
-
-    def gib(size: int | None) -> float | None:
-        return None if size is None else round(size / 2**30, 3)
-
-    return {
-        "gpu": one.gpu,
-        "count": one.count,
-        "verdict": str(one.verdict),
-        "reason": one.reason,
-        "assumptions": list(one.assumptions),
-        "weights_gib": gib(per_gpu.weights if per_gpu else None),
-        "activation_gib": gib(per_gpu.activation if per_gpu else None),
-        "non_torch_gib": gib(per_gpu.non_torch if per_gpu else None),
-        "graph_gib": gib(per_gpu.graph if per_gpu else None),
-        "kv_cache_gib": gib(per_gpu.kv_cache if per_gpu else None),
-        "reserve_gib": gib(per_gpu.reserve if per_gpu else None),
-        "kv_cache_tokens": one.kv_cache_tokens,
-        "max_context": one.max_context,
-        "max_concurrency": one.max_concurrency,
-        "usd_per_hour": one.usd_per_hour,
-        "decode_tokens_per_s": one.decode_tokens_per_s,
-        "prefill_tokens_per_s": one.prefill_tokens_per_s,
-        "usd_per_million_tokens": one.usd_per_million_tokens,
     }

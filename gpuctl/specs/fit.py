@@ -14,7 +14,10 @@ from gpuctl.specs.reader import Reader
 
 # As vLLM 0.32.0 spells them (`vllm/config/model.py`, `config/cache.py`); "auto" is what the model has.
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
-KV_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+KV_DTYPES = (
+    "auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_per_token_head",
+    "int8_per_token_head", "nvfp4",
+)  # fmt: skip
 
 _MOST_GPUS = 8  # of a container
 _MOST_LORAS = 1024
@@ -118,7 +121,11 @@ def _instead(gpu: str, count: int) -> str:
 
 
 def quantizations() -> tuple[str, ...]:
-    """What `--quantization` takes."""
+    """What `--quantization` takes: vLLM 0.32.0's methods (`model_executor/layers/quantization/__init__.py`)."""
     return (
-        "awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "modelopt", "modelopt_fp4", "mxfp4",
+        "awq", "auto_awq", "fp8", "fbgemm_fp8", "fp_quant", "modelopt", "modelopt_fp4", "modelopt_mxfp8",
+        "modelopt_mixed", "auto_gptq", "gptq", "gptq_marlin", "awq_marlin", "bitsandbytes", "gguf", "humming",
+        "compressed-tensors", "experts_int8", "quark", "moe_wna16", "torchao", "inc", "mxfp4", "gpt_oss_mxfp4",
+        "deepseek_v4_fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "int8_per_channel_weight_only",
+        "nvfp4_per_token", "mxfp8",
     )  # fmt: skip

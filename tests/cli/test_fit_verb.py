@@ -16,6 +16,8 @@ import pytest
 
 from gpuctl import catalog
 from gpuctl.__main__ import main
+from gpuctl.fit.kv import formats
+from gpuctl.specs.fit import KV_DTYPES
 from hubs import Hub, Repo, answering
 
 # The shapes of Llama 3.1 8B.
@@ -310,3 +312,26 @@ def test_models_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean llama3" in refused(capsys, "lama3")
     assert "there is no" in refused(capsys, "./nowhere")
     assert "MODEL" in refused(capsys, "")
+
+
+def test_every_option_changes_the_answer(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def h100(*argv: str) -> dict[str, Any]:
+        return asked(capsys, config, "--gpu", "H100:2", *argv)["candidates"][0]
+
+    plain = h100()
+    assert h100("--dtype", "float32")["weights_gib"] == pytest.approx(2 * plain["weights_gib"], rel=0.01)
+    assert h100("--quantization", "fp8")["weights_gib"] < 0.7 * plain["weights_gib"]
+    assert h100("--kv-dtype", "fp8")["kv_cache_tokens"] == pytest.approx(
+        2 * plain["kv_cache_tokens"], rel=0.01
+    )
+    assert h100("--lora", "4")["weights_gib"] > plain["weights_gib"]
+    assert h100("--gpu-memory-utilization", "0.5")["kv_cache_gib"] < 0.6 * plain["kv_cache_gib"]
+    assert h100("--tensor-parallel", "2") == plain
+    assert h100("--pipeline-parallel", "2")["kv_cache_tokens"] != plain["kv_cache_tokens"]
+    assert h100("--engine-version", "0.11.0") != plain
+    assert h100("--context", "131072")["max_concurrency"] < plain["max_concurrency"]
+    assert h100("--concurrency", "1")["decode_tokens_per_s"] < plain["decode_tokens_per_s"]
+
+
+def test_every_type_of_cache_that_is_taken_is_known() -> None:
+    assert set(KV_DTYPES) <= set(formats())

@@ -67,6 +67,8 @@ def test_from_a_plan_to_an_answer() -> None:
         "app_id": "ap-AbCdEf123456",
         "seconds": deployed.seconds,
         "cost": None,
+        "max_model_len": 2048,
+        "fit": [],
     }
     assert list(deployed.seconds) == ["image", "container", "first_answer"]
     # One deploy and the follower of its log: the app's id and URL were read from what the deploy printed.

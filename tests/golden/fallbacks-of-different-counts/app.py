@@ -37,6 +37,7 @@ GPU = [
     "A100-80GB:4",
 ]
 GPU_MEMORY_UTILIZATION = 0.92  # the share of a GPU that the engine may take
+MAX_MODEL_LEN = 131072  # tokens, question and answer together
 
 # Requests that one container takes at once: above it the engine would only queue them,
 # so Modal answers 429, and starts another container if it may.
@@ -151,6 +152,8 @@ def engine_command() -> list[str]:
         str(CONCURRENCY),
         "--gpu-memory-utilization",
         str(GPU_MEMORY_UTILIZATION),
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
     ]
 
 
