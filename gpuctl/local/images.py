@@ -7,7 +7,7 @@ sandbox. What cannot be applied (system packages, registry base images) is said,
 On disk, under the cache folder:
     images/<image id>/image.json   what the image is; written last: a folder without it is an unfinished build
     images/<image id>/tree/        venv/, files/, home/ (what commands left in /root); or none: a parent's
-    clients/<python>-<modal>/      the modal client for containers of that Python: pkg/ (first), deps/ (last)
+    clients/<python>-<modal>-compiled/   the modal client for containers of that Python: pkg/ (first), deps/ (last)
 A layer starts as a copy of its parent's tree made of hard links, so that 3 GB of packages are not copied.
 """
 
@@ -208,7 +208,7 @@ class ImageStore:
 
     def _client_folder(self, layer: _Layer) -> Path:
         python = ".".join(layer.python_version.split(".")[:2])
-        return self._clients / f"{python}-{importlib.metadata.version('modal')}"
+        return self._clients / f"{python}-{importlib.metadata.version('modal')}-compiled"
 
     async def _ensure_client(self, layer: _Layer, log: Log) -> None:
         """Install the modal client for containers, once per Python version.
@@ -240,6 +240,9 @@ class ImageStore:
             for entry in list((making / "deps").iterdir()):
                 if entry.name.startswith(("modal", "synchronicity")):
                     entry.rename(making / "pkg" / entry.name)
+            # Containers see it read-only: what is not compiled here, each of them compiles anew, at every start.
+            compileall = ["compileall", "-q", "--invalidation-mode", "unchecked-hash", str(making)]
+            await _run([python, "-I", "-m", *compileall], log=log)
             making.rename(folder)
 
 

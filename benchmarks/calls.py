@@ -1,0 +1,149 @@
+"""What the local control plane costs: CPU of the plane for each no-op input of a `.map`, boots, and a plane at rest.
+
+    python benchmarks/calls.py [--inputs 10000] [--boots 5]
+
+Measured on a plane of its own, through the real client in this process and in real containers. Ray's published figure
+stands beside it for the reader: what it is and where it is from is printed with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.local.planes import TestPlane
+
+APP = """
+import time
+import modal
+
+app = modal.App("bench-calls")
+
+@app.function(min_containers=1, max_containers={containers})
+def noop(x):
+    return x
+
+@app.function(single_use_containers=True)
+def boot():
+    return time.time()
+"""
+CONTAINERS = 2
+_TICK = os.sysconf("SC_CLK_TCK")
+# https://docs.ray.io/en/latest/ray-core/patterns/too-fine-grained-tasks.html, read in November 2026.
+RAY = "Ray's own documentation: 'a task's overhead is on the order of milliseconds', all processes together"
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process that lives."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICK
+
+
+def container_pids(plane: TestPlane) -> list[int]:
+    """The processes of the plane's containers, and all below them."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [plane.now.pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def resident_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def per_input(plane: TestPlane, inputs: int) -> None:
+    """CPU of plane, client and containers for each input of a `.map` that does nothing."""
+    import modal
+
+    noop = modal.Function.from_name("bench-calls", "noop")
+    for _ in noop.map(range(500)):
+        pass
+    pids = container_pids(plane)
+
+    def taken() -> tuple[float, float, float]:
+        return cpu_seconds(plane.now.pid), time.process_time(), sum(cpu_seconds(pid) for pid in pids)
+
+    before, began = taken(), time.perf_counter()
+    assert list(noop.map(range(inputs))) == list(range(inputs))
+    wall = time.perf_counter() - began
+    spent = [(after - start) / inputs * 1000 for start, after in zip(before, taken(), strict=True)]
+    print(f"{inputs} no-op inputs, {CONTAINERS} containers: {inputs / wall:.0f} inputs/s")
+    for name, value in zip(("plane", "client", "containers"), spent, strict=True):
+        print(
+            f"  {name:<12}{value:6.3f} ms of CPU for each input"
+            + ("   (wanted: 0.5)" if name == "plane" else "")
+        )
+    print(f"  {'for reading':<12}{RAY}")
+
+
+def boots(plane: TestPlane, count: int) -> None:
+    """From the call to the first line of the function, in a container that was not there."""
+    import modal
+
+    boot = modal.Function.from_name("bench-calls", "boot")
+    imports, starts = [], []
+    for _ in range(count):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import modal"], check=True)
+        imports.append(time.perf_counter() - began)
+        called = time.time()
+        starts.append(boot.remote() - called)
+        time.sleep(1)  # its container ends meanwhile
+    one, other = statistics.median(imports), statistics.median(starts)
+    print(
+        f'boot to first input {other:.3f} s; python -c "import modal" {one:.3f} s: {other / one:.2f} (wanted: 1.5)'
+    )
+
+
+def at_rest(plane: TestPlane, seconds: float) -> None:
+    """A plane that has an app with a container that waits, and one where nothing runs."""
+    for state in ("one container waits", "nothing runs"):
+        before = cpu_seconds(plane.now.pid)
+        time.sleep(seconds)
+        share = (cpu_seconds(plane.now.pid) - before) / seconds * 100
+        print(
+            f"at rest, {state}: {share:.2f} % of a core (wanted: 1), {resident_mb(plane.now.pid):.0f} MB (wanted: 150)"
+        )
+        plane.modal("app", "stop", "bench-calls", "--yes", check=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--boots", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        plane = TestPlane(Path(folder) / "state")
+        plane.up()
+        try:
+            app = Path(folder) / "bench_calls.py"
+            app.write_text(APP.format(containers=CONTAINERS))
+            plane.modal("deploy", str(app))
+            os.environ.update(plane.environment())
+            per_input(plane, options.inputs)
+            boots(plane, options.boots)
+            at_rest(plane, 20.0)
+        finally:
+            plane.down()
+
+
+if __name__ == "__main__":
+    main()
