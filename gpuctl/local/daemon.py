@@ -403,7 +403,7 @@ class ControlPlane:
         await self._blobs.stop()
         if self._runtime is not None:
             await self._runtime.close()
-        self._logs.flush()
+        self._logs.close()
         self._store.close()
         sockets.remove(self._state_dir)
 

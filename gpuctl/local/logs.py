@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import time
 from itertools import groupby
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from modal_proto import api_pb2
 
-from gpuctl.local.store import LogFilter, LogRow, Store
-from gpuctl.local.wire import Call, not_found, rpc, timestamp
+from gpuctl.local.store import LogFilter, LogReader, LogRow, Store
+from gpuctl.local.wire import Call, not_found, rpc, timestamp, unimplemented
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -24,6 +25,7 @@ STDOUT, STDERR, SYSTEM = (
 KEEP_SECONDS = 35 * 86400  # as far back as the client can ask
 _FLUSH_SECONDS = 0.02  # lines are written in batches: at most so late
 _PAGE = 1000
+_LOOKS = 4  # searches that are remembered
 _STATE_STOPPED = api_pb2.APP_STATE_STOPPED
 
 
@@ -32,7 +34,9 @@ class Logs:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._reader = LogReader(store.path)
         self._pending: list[LogRow] = []
+        self._looks: dict[tuple[LogFilter, int], tuple[float, list[LogRow]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
         store.prune_logs(time.time() - KEEP_SECONDS)
@@ -60,15 +64,14 @@ class Logs:
             self._store.add_logs(rows)
         self.wake()
 
+    def close(self) -> None:
+        self.flush()
+        self._reader.close()
+
     def wake(self) -> None:
         """Let those who follow look again: there are new lines, or an app has ended."""
         self._news.set()
         self._news = asyncio.Event()
-
-    def tail(self, app_id: str, lines: int, task_id: str = "") -> str:
-        """The last lines as text."""
-        self.flush()
-        return "".join(row.data for row in self._store.last_logs(LogFilter(app_id, task_id=task_id), lines))
 
     @rpc("AppGetLogs", differs="for a deployed app, starts with the lines since its last deployment")
     async def follow(self, request: Any, _call: Call) -> AsyncIterator[Any]:
@@ -78,26 +81,28 @@ class Logs:
             raise not_found(f"App '{request.app_id or request.task_id}' not found.")
         wanted = LogFilter(
             app_id,
-            function_id=request.function_id,
+            function_id=_function(request),
             task_id=request.task_id,
             source=request.file_descriptor,
             search=request.search_text,
             # Only where the client has nothing yet; with an entry id it goes on from there.
             since=app.deployed_at or None,
         )
-        last = int(request.last_entry_id.partition("-")[0] or 0)
+        first = request.last_entry_id.partition("-")[0]
+        last = int(first) if first.isdecimal() else 0
         deadline = time.monotonic() + request.timeout
         while True:
             news = self._news
             self.flush_pending_of(app_id)
-            rows = self._store.logs_after(wanted, last, _PAGE)
+            rows, last = await asyncio.to_thread(self._reader.after, wanted, last, _PAGE)
             for batch in _batches(rows):
                 yield batch
             if rows:
-                last = rows[-1].id
                 continue
             app = self._store.app(app_id)
             if app is None or app.state == _STATE_STOPPED or self._ended(request.task_id):
+                if news is not self._news:
+                    continue  # its last words may have come since the look
                 yield api_pb2.TaskLogsBatch(app_done=True)
                 return
             left = deadline - time.monotonic()
@@ -121,14 +126,35 @@ class Logs:
     @rpc("AppFetchLogs")
     async def fetch(self, request: Any, _call: Call) -> Any:
         self.flush()
-        rows = self._store.last_logs(self._filter(request), request.limit or _PAGE)
+        rows = await self._last(self._filter(request), request.limit or _PAGE)
         return api_pb2.AppFetchLogsResponse(batches=_batches(rows))
+
+    async def _last(self, wanted: LogFilter, limit: int) -> list[LogRow]:
+        """The newest rows, in order. A client that finds too few asks for a longer time up to the same moment, again
+        and again; only what is older than the last look is looked at then.
+        """
+        key = (dataclasses.replace(wanted, since=None), limit)
+        seen = self._looks.pop(key, None)
+        if seen is not None and wanted.since is not None and wanted.since <= seen[0]:
+            since, newer = seen
+            older = dataclasses.replace(wanted, before=since)
+            rows = newer
+            if len(newer) < limit:
+                rows = await asyncio.to_thread(self._reader.last, older, limit - len(newer)) + newer
+        else:
+            rows = await asyncio.to_thread(self._reader.last, wanted, limit)
+        if wanted.since is not None and wanted.until is not None and wanted.until <= time.time():
+            self._looks[key] = (wanted.since, rows)
+            while len(self._looks) > _LOOKS:
+                del self._looks[next(iter(self._looks))]
+        return rows
 
     @rpc("AppCountLogs")
     async def count(self, request: Any, _call: Call) -> Any:
         self.flush()
         buckets: dict[int, Any] = {}
-        for start, source, rows in self._store.count_logs(self._filter(request), request.bucket_secs or 60):
+        counts = await asyncio.to_thread(self._reader.count, self._filter(request), request.bucket_secs or 60)
+        for start, source, rows in counts:
             bucket = buckets.setdefault(
                 start, api_pb2.AppCountLogsResponse.LogBucket(bucket_start_at=timestamp(start))
             )
@@ -145,13 +171,20 @@ class Logs:
             raise not_found(f"App '{request.app_id}' not found.")
         return LogFilter(
             request.app_id,
-            function_id=request.function_id,
+            function_id=_function(request),
             task_id=request.task_id,
             source=request.source,
             search=request.search_text,
             since=_seconds(request.since) if request.HasField("since") else None,
             until=_seconds(request.until) if request.HasField("until") else None,
         )
+
+
+def _function(request: Any) -> str:
+    """The function whose lines are wanted; what a container prints is not told apart by its inputs here."""
+    if request.function_call_id or request.sandbox_id:
+        raise unimplemented("Logs by function call or sandbox are not implemented by the local control plane")
+    return str(request.parametrized_function_id or request.function_id)
 
 
 def _seconds(timestamp: Any) -> float:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sqlite3
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -197,6 +198,7 @@ class LogFilter:
     search: str = ""
     since: float | None = None
     until: float | None = None
+    before: float | None = None  # as `until`, without that moment itself
 
     def where(self) -> tuple[str, list[object]]:
         terms: list[str] = ["app_id = ?"]
@@ -218,6 +220,9 @@ class LogFilter:
         if self.until is not None:
             terms.append("at <= ?")
             values.append(self.until)
+        if self.before is not None:
+            terms.append("at < ?")
+            values.append(self.before)
         return " AND ".join(terms), values
 
 
@@ -228,6 +233,7 @@ class Store:
     """The plane's state in `path`. One per plane, used from one thread."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         # The file is made private before SQLite opens it; its -wal and -shm files take over its mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         self._db = sqlite3.connect(path, isolation_level=None)
@@ -542,38 +548,62 @@ class Store:
                 [(r.app_id, r.function_id, r.task_id, r.source, r.at, r.data) for r in rows],
             )
 
-    def logs_after(self, wanted: LogFilter, after_id: int, limit: int) -> list[LogRow]:
-        """In order, from the one after `after_id`."""
-        where, values = wanted.where()
-        return self._all(
-            LogRow,
-            f"SELECT * FROM logs WHERE {where} AND id > ? ORDER BY id LIMIT ?",  # noqa: S608
-            [*values, after_id, limit],
-        )
-
-    def last_logs(self, wanted: LogFilter, limit: int) -> list[LogRow]:
-        """The newest `limit`, in order."""
-        where, values = wanted.where()
-        rows = self._all(
-            LogRow,
-            f"SELECT * FROM logs WHERE {where} ORDER BY at DESC, id DESC LIMIT ?",  # noqa: S608
-            [*values, limit],
-        )
-        return rows[::-1]
-
-    def count_logs(self, wanted: LogFilter, bucket: int) -> list[tuple[int, int, int]]:
-        """(start of the bucket, source, rows), buckets in order; those without rows are left out."""
-        where, values = wanted.where()
-        rows = self._db.execute(
-            f"SELECT CAST(at / ? AS INTEGER) * ? AS start, source, count(*) FROM logs WHERE {where} "  # noqa: S608
-            "GROUP BY start, source ORDER BY start",
-            [bucket, bucket, *values],
-        )
-        return [(int(start), int(source), int(count)) for start, source, count in rows]
-
     def prune_logs(self, before: float) -> None:
         self._db.execute("DELETE FROM logs WHERE at < ?", [before])
 
     def app_of_task(self, task_id: str) -> str | None:
         row = self.task(task_id)
         return None if row is None else row.app_id
+
+
+class LogReader:
+    """Reads the logs of `path` by a connection of its own, from any thread: a search through a million lines takes a
+    second, in which the plane has other things to do. It sees what `Store.add_logs` has written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA query_only = ON")
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def _rows(self, sql: str, values: Sequence[object]) -> list[LogRow]:
+        names = "app_id, function_id, task_id, source, at, data, id"
+        return [LogRow(*row) for row in self._db.execute(sql.replace("*", names, 1), values)]
+
+    def after(self, wanted: LogFilter, after_id: int, limit: int) -> tuple[list[LogRow], int]:
+        """(rows in order from the one after `after_id`, the id after which to look next)."""
+        where, values = wanted.where()
+        with self._lock, self._db:
+            self._db.execute("BEGIN")
+            (newest,) = self._db.execute("SELECT coalesce(max(id), 0) FROM logs").fetchone()
+            rows = self._rows(
+                f"SELECT * FROM logs WHERE {where} AND id > ? ORDER BY id LIMIT ?",  # noqa: S608
+                [*values, after_id, limit],
+            )
+        # What did not match is not looked at again.
+        return rows, rows[-1].id if len(rows) == limit else max(after_id, int(newest))
+
+    def last(self, wanted: LogFilter, limit: int) -> list[LogRow]:
+        """The newest `limit`, in order."""
+        where, values = wanted.where()
+        with self._lock:
+            rows = self._rows(
+                f"SELECT * FROM logs WHERE {where} ORDER BY at DESC, id DESC LIMIT ?",  # noqa: S608
+                [*values, limit],
+            )
+        return rows[::-1]
+
+    def count(self, wanted: LogFilter, bucket: int) -> list[tuple[int, int, int]]:
+        """(start of the bucket, source, rows), buckets in order; those without rows are left out."""
+        where, values = wanted.where()
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT CAST(at / ? AS INTEGER) * ? AS start, source, count(*) FROM logs WHERE {where} "  # noqa: S608
+                "GROUP BY start, source ORDER BY start",
+                [bucket, bucket, *values],
+            ).fetchall()
+        return [(int(start), int(source), int(count)) for start, source, count in rows]
