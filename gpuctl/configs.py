@@ -261,7 +261,7 @@ def _nothing(ref: ModelRef) -> Found:
 
 def _of_hub(ref: ModelRef, repo: str, known: Found | None) -> Found:
     from gpuctl.hub import COMMIT
-    from gpuctl.repos import GatedError, UnreachableError, resolve
+    from gpuctl.repos import GatedError, NotFoundError, UnreachableError, resolve
 
     cache = _Cache(repo)
     revision = ref.revision or "main"
@@ -272,6 +272,8 @@ def _of_hub(ref: ModelRef, repo: str, known: Found | None) -> Found:
     try:
         record = resolve(repo, ref.revision)
         described = (record.commit and cache.read(record.commit)) or record.describe()
+    except NotFoundError as error:
+        raise _with_near(error, repo) from error
     except UnreachableError as error:
         instead = _of_cache(ref) or known
         if instead is None:
@@ -297,16 +299,22 @@ def _noted(found: Found, note: str) -> Found:
 
 
 def _nothing_instead(error: GpuctlError, repo: str) -> GpuctlError:
-    near = difflib.get_close_matches(
-        repo,
-        [model.repo for model in catalog.models().values() if model.repo not in (None, repo)],
-        n=3,
-        cutoff=0.6,
-    )
-    close = f"; the catalogue has {' and '.join(near)}" if near else ""
     return GpuctlError(
-        f"{error.problems[0]}, and neither the cache nor the catalogue has it{close}", hint=error.hint
+        f"{error.problems[0]}, and neither the cache nor the catalogue has it{_near(repo)}", hint=error.hint
     )
+
+
+def _with_near(error: GpuctlError, repo: str) -> GpuctlError:
+    return usage_error(f"{error.problems[0]}{_near(repo)}", hint=error.hint)
+
+
+def _near(repo: str) -> str:
+    """The catalogue's repositories that are spelled alike, by the shorter of their names."""
+    known = {
+        model.repo.lower(): model for model in catalog.models().values() if model.repo and model.repo != repo
+    }
+    found = [known[near] for near in difflib.get_close_matches(repo.lower(), list(known), n=3, cutoff=0.6)]
+    return f"; near it: {', '.join(f'{model.repo} ({model.alias})' for model in found)}" if found else ""
 
 
 def _of_cache(ref: ModelRef) -> Found | None:
@@ -341,7 +349,7 @@ class _Cache:
         from gpuctl.paths import cache_dir
 
         host = re.sub(r"[^A-Za-z0-9.-]", "_", urlsplit(endpoint()).netloc)
-        self.folder = cache_dir() / "hub" / host / repo.replace("/", "--")
+        self.folder = cache_dir(make=False) / "hub" / host / repo.replace("/", "--")
 
     def read(self, commit: str) -> Described | None:
         from gpuctl.repos import document_of
@@ -359,7 +367,6 @@ class _Cache:
         from gpuctl.files import write_private
 
         with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{described.commit}.json"
             if path.exists():
                 os.utime(path)

@@ -396,8 +396,9 @@ def _card(choice: GpuChoice, cards: Mapping[str, Card]) -> tuple[Card, tuple[str
     if choice.type == "B200+":
         return card, ("B200+: assumed a B200; Modal may give a B300, which has more memory",)
     if gpu.exact and not choice.exact:
+        better = "an H200" if gpu.name == "H100" else "a better card"
         return card, (
-            f"{gpu.name}: assumed an {gpu.name} with {gpu.vram_gib} GB; Modal may run it as a better card, "
+            f"{gpu.name}: assumed an {gpu.name} with {gpu.vram_gib} GB; Modal may run it as {better}, "
             f"which {gpu.name}! forbids",
         )
     return card, ()

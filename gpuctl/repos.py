@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpuctl import __version__, safetensors
-from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.hub import COMMIT, endpoint, offline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from httpx2 import Response
+    from httpx2 import Response, Timeout
 
-_TIMEOUT = 10  # seconds, for the connection and for each read
+_TIMEOUT = 10  # seconds for each read
+_CONNECT_TIMEOUT = 5
 _RECORD = ["sha", "siblings", "safetensors", "gated", "pipeline_tag", "library_name"]
 _MOST_CONFIG = 4 * 2**20  # bytes: the longest config.json seen has 60 kB
 _INDEX_START = 4096  # bytes in which an index states its total
@@ -34,6 +35,10 @@ PIPELINE = "model_index.json"  # of diffusers: the parts of an image model
 
 class UnreachableError(GpuctlError):
     """The hub did not answer, or nothing of use: what is already known here may have to do."""
+
+
+class NotFoundError(GpuctlError):
+    """The hub has no such model, or none that it shows to this token."""
 
 
 class GatedError(GpuctlError):
@@ -90,6 +95,7 @@ class _Record:
     gated: bool
     pipeline: str | None
     library: str | None
+    mirrored: bool = False
 
     def describe(self) -> Described:
         """The second request, and a third if the record has no parameters."""
@@ -104,7 +110,7 @@ class _Record:
             if PIPELINE in self.files:
                 weight_bytes, parameters = hub.size_of_parts(), None
         else:
-            config = hub.config(self.commit)
+            config = hub.config(self.commit, mirrored=self.mirrored)
         if weight_bytes is None and PIPELINE not in (self.files or ()):
             parameters, weight_bytes = hub.weights(self.commit, self.files)
         return Described(
@@ -134,7 +140,7 @@ class _Hub:
         response = self._get(url, params={"expand": _RECORD})
         if response.status_code == 404 and "X-Error-Code" not in response.headers:
             # Not the hub itself: a mirror that has the files and no API.
-            return _Record(self, _commit(self.revision), None, None, False, None, None)
+            return _Record(self, _commit(self.revision), None, None, False, None, None, mirrored=True)
         self._check(response)
         try:
             found = response.json()
@@ -155,8 +161,14 @@ class _Hub:
             library=found.get("library_name"),
         )
 
-    def config(self, commit: str | None) -> Mapping[str, Any]:
+    def config(self, commit: str | None, *, mirrored: bool) -> Mapping[str, Any]:
+        """Its config.json. `mirrored`: what answers has no API, and may be no hub at all."""
         response = self._get(self._file(CONFIG, commit))
+        if response.status_code == 404 and mirrored and "X-Error-Code" not in response.headers:
+            raise UnreachableError(
+                f"MODEL: {self.repo}: {self.endpoint} answers as no hub does, and has no such model",
+                hint="check HF_ENDPOINT and the proxy, or give an alias",
+            )
         if response.status_code == 404 and response.headers.get("X-Error-Code") in (None, "EntryNotFound"):
             raise _no_model(self.repo, None)
         self._check(response)
@@ -164,7 +176,7 @@ class _Hub:
             raise usage_error(f"MODEL: {self.repo}: its config.json is {len(response.content):,} bytes long")
         try:
             config = response.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise usage_error(f"MODEL: {self.repo}: its config.json is no JSON: {error}") from error
         if not isinstance(config, dict):
             raise usage_error(f"MODEL: {self.repo}: its config.json is no JSON object")
@@ -233,7 +245,7 @@ class _Hub:
         with (
             self._talking(),
             get_session().stream(
-                "GET", self._file(name, commit), headers=headers, timeout=_TIMEOUT
+                "GET", self._file(name, commit), headers=headers, timeout=_timeout()
             ) as response,
         ):
             if response.status_code == 404:
@@ -252,7 +264,7 @@ class _Hub:
         from huggingface_hub import get_session
 
         with self._talking():
-            return get_session().get(url, headers=_headers(), params=params, timeout=_TIMEOUT)
+            return get_session().get(url, headers=_headers(), params=params, timeout=_timeout())
 
     @contextlib.contextmanager
     def _talking(self) -> Iterator[None]:
@@ -309,10 +321,17 @@ class _Hub:
                         f"{self.endpoint}/{kind}s/{self.repo}"
                     )
         private = "" if with_token else "; for a private one, set HF_TOKEN"
-        return usage_error(
+        return NotFoundError(
             f"MODEL: Hugging Face has no repository {self.repo!r}",
-            hint=f"check the spelling{private}; gpuctl models lists those that have a short name",
+            hint=f"check the spelling{private}",
+            exit_code=EXIT_USAGE,
         )
+
+
+def _timeout() -> Timeout:
+    from httpx2 import Timeout
+
+    return Timeout(_TIMEOUT, connect=_CONNECT_TIMEOUT)
 
 
 def _headers() -> dict[str, str]:
@@ -333,7 +352,7 @@ def gated(repo: str, *, with_token: bool) -> GatedError:
             "the Secret for the container: put a line HF_TOKEN=… into a file, say hf.env, then "
             "`modal secret create huggingface --from-dotenv hf.env`"
         ),
-        exit_code=2,
+        exit_code=EXIT_USAGE,
     )
 
 

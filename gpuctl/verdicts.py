@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gpuctl import catalog
 from gpuctl.configs import NOTHING
+from gpuctl.cost import cost_of
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.fit.values import GIB, Ask, Verdict
 from gpuctl.fitting import (
@@ -25,6 +26,8 @@ from gpuctl.fitting import (
     judge_with,
     longest_of,
     many,
+    pick_of,
+    requests_of,
     siblings_of,
     spelled,
     wanted,
@@ -71,6 +74,7 @@ class _Case:
     judge: Judge
     cards: dict[str, Card]
     found: Found
+    rates: Rates
     argv: tuple[str, ...]
 
     @property
@@ -121,7 +125,7 @@ def _case(spec: ServeSpec, found: Found, rates: Rates, argv: Sequence[str]) -> _
     ask, unknowable = _ask(spec)
     facts = _with_context(spec, _facts(spec, found), unknowable)
     judge = _careful(judge_with(spec.vllm_version), unknowable, memory_args(spec.engine_args).lessens)
-    return _Case(spec, facts, ask, judge, cards(rates), found, tuple(argv))
+    return _Case(spec, facts, ask, judge, cards(rates), found, rates, tuple(argv))
 
 
 # -- the three ways
@@ -140,6 +144,10 @@ def _chosen(case: _Case) -> Settled:
             break
     if pick is None:
         raise _nothing_to_choose(case, assessment)
+    reason = assessment.why
+    paid = _affordable(case, pick, assessment.candidates)
+    if paid != pick:
+        pick, reason = paid, f"which --max-hourly-cost pays for; without it {spelled(pick)}"
     request = GpuRequest((GpuChoice(pick.gpu, pick.count),))
     what = spelled(pick)
     if pick.verdict is Verdict.FITS:
@@ -149,9 +157,26 @@ def _chosen(case: _Case) -> Settled:
     settled = _kept(case, request, [pick])
     return dataclasses.replace(
         settled,
-        notes=(f"--gpu auto: {what}, {assessment.why}", *settled.notes),
+        notes=(f"--gpu auto: {what}, {reason}", *settled.notes),
         head=(f"--gpu auto chose {what}: {why}.", *settled.head),
     )
+
+
+def _affordable(case: _Case, pick: Candidate, candidates: Sequence[Candidate]) -> Candidate:
+    """`pick`, if `--max-hourly-cost` pays for a container of it; else the pick among those of which it does.
+
+    Where it pays for none that starts, `pick` again: what is wrong then is said with the cost.
+    """
+    spec, limit = case.spec, case.spec.max_hourly_cost
+    if limit is None or spec.target is Target.LOCAL:
+        return pick
+
+    def pays(one: Candidate) -> bool:
+        return cost_of(spec, (GpuChoice(one.gpu, one.count),), case.rates).dearest.most_usd <= limit
+
+    if pays(pick):
+        return pick
+    return pick_of(filter(pays, candidates), enough=requests_of(case.ask, case.concurrency)) or pick
 
 
 def _named(case: _Case, request: GpuRequest) -> Settled:

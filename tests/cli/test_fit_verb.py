@@ -111,7 +111,7 @@ def test_only_those_that_are_named(config: str, capsys: pytest.CaptureFixture[st
     assert not any("may run it" in text for text in exact["assumptions"])
     assert "assumed T4, the smallest" in free["assumptions"][0]
     assert "assumed the 40 GB card" in a100["assumptions"][0]
-    assert "may run it as a better card" in h100["assumptions"][0]
+    assert "may run it as an H200" in h100["assumptions"][0]
     assert document["pick"] == {"gpu": "A100", "count": 1}
     kept = asked(capsys, config, "--gpu", "t4,A100,h100", "--drop-unfit")
     assert [one["gpu"] for one in kept["candidates"]] == ["A100", "H100"]

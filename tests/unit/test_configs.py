@@ -178,6 +178,19 @@ def test_a_mirror_without_an_api(hub: Hub) -> None:
     assert (found.config, found.weight_bytes, found.revision) == ({"a": 1}, 16, None)
 
 
+def test_what_is_no_hub_at_all_is_not_believed(hub: Hub) -> None:
+    hub.api = False  # a proxy that knows nothing of the hub answers so, too
+    hub.status = 404
+    assert "answers as no hub does" in str(problem("acme/model"))
+    assert find("Qwen/Qwen3-8B").source == "the catalogue"
+
+
+def test_a_cache_that_cannot_be_written_is_none(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert find("acme/model").config == CONFIG
+    assert find("acme/model").config == CONFIG
+
+
 def test_a_gated_repository_says_which_page_and_which_command(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +236,7 @@ def test_what_the_hub_does_not_have(hub: Hub) -> None:
     assert missing.exit_code == 2
     assert "no repository 'acme/missing'" in str(missing)
     assert "HF_TOKEN" in (missing.hint or "")
+    assert "near it: Qwen/Qwen3-8B (qwen3)" in str(problem("qwen/Qwen3-8"))
     revision = problem("acme/model@v9")
     assert revision.exit_code == 2
     assert "no revision 'v9'" in str(revision)

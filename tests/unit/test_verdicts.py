@@ -95,6 +95,15 @@ def test_auto_stays_within_the_smallest_plan_that_will_do() -> None:
     assert count(max_containers="100") >= 1  # no plan has so many: said, not refused
 
 
+def test_auto_takes_what_max_hourly_cost_pays_for() -> None:
+    made = plan(max_hourly_cost="1.8")
+    assert made.cost is not None
+    assert made.cost.dearest.most_usd <= 1.8
+    assert "which --max-hourly-cost pays for; without it L40S" in notes(made)
+    assert rendered(plan(max_hourly_cost="50"), "GPU") == '"L40S"'
+    assert "--max-hourly-cost" in str(refused(max_hourly_cost="0.1"))
+
+
 def test_auto_cannot_choose_for_what_is_not_known() -> None:
     error = refused(found_with({}))
     assert "--gpu auto: cannot choose for acme/model" in str(error)
