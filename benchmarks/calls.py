@@ -94,7 +94,7 @@ def per_input(plane: TestPlane, inputs: int) -> None:
     print(f"  {'for reading':<12}{RAY}")
 
 
-def boots(plane: TestPlane, count: int) -> None:
+def boots(count: int) -> None:
     """From the call to the first line of the function, in a container that was not there."""
     import modal
 
@@ -139,7 +139,7 @@ def main() -> None:
             plane.modal("deploy", str(app))
             os.environ.update(plane.environment())
             per_input(plane, options.inputs)
-            boots(plane, options.boots)
+            boots(options.boots)
             at_rest(plane, 20.0)
         finally:
             plane.down()

@@ -301,11 +301,11 @@ class ControlPlane:
 
     async def start(self, port: int | None) -> None:
         """Listen, and serve what was deployed before. Raises GpuctlError, exit code 2 when the wanted port is taken."""
-        from grpclib.server import Server
         from modal_proto.api_grpc import ModalClientBase
         from modal_proto.task_command_router_grpc import TaskCommandRouterBase
 
         from gpuctl.local.containers import ContainerRuntime
+        from gpuctl.local.http2 import Server
         from gpuctl.local.service import build
         from gpuctl.local.wire import collect
 
