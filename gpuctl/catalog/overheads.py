@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import tomllib
-from pathlib import Path
 from typing import Any
 
+from gpuctl.catalog.tables import table
 from gpuctl.fit.overheads import EngineConstants
 from gpuctl.fit.values import GIB
 
@@ -27,23 +26,20 @@ _SIZES = (
 
 @functools.cache
 def engine_constants(version: str) -> EngineConstants:
-    """The constants for a version of vLLM ("0.32.0", "0.26.1rc1.dev608", ""): "" is the newest that the table has."""
+    """The constants for a version of vLLM ("0.32.0", "0.26.1rc1.dev608", ""): "" is the newest that the table has.
+
+    For a version older than the table they are the oldest, and `known` is False.
+    """
     wanted = _key(version)
-    row: dict[str, Any] = {}
-    for later in _rows():
+    rows: list[dict[str, Any]] = table("overheads")["vllm"]
+    row = dict(rows[0])
+    known = _key(row.pop("since")) <= wanted
+    for later in rows[1:]:
         if _key(later["since"]) <= wanted:
-            row |= later
-    del row["since"]
+            row |= {name: value for name, value in later.items() if name != "since"}
     row |= {name: int(row[name] * GIB) for name in _SIZES}
     row["measured_on"] = row["measured_on"] or None
-    return EngineConstants(version=version, **row)
-
-
-@functools.cache
-def _rows() -> list[dict[str, Any]]:
-    text = Path(__file__).with_name("overheads.toml").read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = tomllib.loads(text)["vllm"]
-    return rows
+    return EngineConstants(version=version, known=known, **row)
 
 
 def _key(version: str) -> tuple[int, ...]:

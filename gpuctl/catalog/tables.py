@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
-NAMES = ("clouds", "engines", "gpus", "models")
+NAMES = ("clouds", "engines", "gpus", "models", "overheads")
 
 
 def table(name: str) -> dict[str, Any]:

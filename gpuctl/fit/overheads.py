@@ -32,10 +32,12 @@ _CHUNK = 16384  # tokens that a mixture's workspace is made for at most (VLLM_FU
 class EngineConstants:
     """What holds for one version of the engine; sizes in bytes. The fields are explained in `overheads.toml`.
 
-    `measured_on` is the version that the sizes were measured on; None: they are another version's, raised.
+    `measured_on` is the version that the sizes were measured on; None: they are another version's, raised. `known` is
+    False for a version whose engine is not the one that is described here.
     """
 
     version: str
+    known: bool
     measured_on: str | None
     gpu_memory_utilization: float
     logits_copies: float

@@ -130,6 +130,8 @@ def _plan(
         price = None if card.usd_per_second is None else card.usd_per_second * 3600 * count
         return Candidate(card.name, count, verdict, reason, architecture.assumptions, usd_per_hour=price)
 
+    if not constants.known:
+        return answer(Verdict.UNKNOWN, f"what the older engine of vLLM {constants.version} takes is unknown")
     assumptions = list(architecture.assumptions)
     tp, pp = ask.tensor_parallel or max(1, count // ask.pipeline_parallel), ask.pipeline_parallel
     if tp * pp != count:
