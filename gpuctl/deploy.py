@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import __version__
-from gpuctl.cost import usd
 from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.files import write_private
-from gpuctl.fitting import document
 from gpuctl.modal_cli import check_version, deploy_argv, server_info_argv, shown
 from gpuctl.paths import state_dir
 from gpuctl.reach import (
@@ -114,6 +112,8 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
     plan.tell(console)
     env = reach(spec.target)
     if spec.target is Target.MODAL and not yes:
+        from gpuctl.cost import usd
+
         most = f", for at most {usd(plan.cost.most_usd)} an hour" if plan.cost else ""
         question = f"Deploy '{spec.name}' to Modal (environment '{environment}'){most}?"
         if not console.confirm(
@@ -172,10 +172,18 @@ def execute(plan: Plan, *, runner: Runner, console: Console, wait: bool, yes: bo
         seconds=seconds,
         cost=plan.cost.document() if plan.cost else None,
         max_model_len=plan.spec.max_model_len,
-        fit=tuple(document(candidate) for candidate in plan.candidates),
+        fit=_fit(plan),
     )
     _show(deployed, use, console)
     return deployed
+
+
+def _fit(plan: Plan) -> tuple[dict[str, Any], ...]:
+    if not plan.candidates:
+        return ()  # without what follows imports: a redeploy is to be quick
+    from gpuctl.fitting import document
+
+    return tuple(document(candidate) for candidate in plan.candidates)
 
 
 @contextlib.contextmanager

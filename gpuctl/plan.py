@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpuctl import catalog
-from gpuctl.cost import Cost, cost_of, within
-from gpuctl.prices import from_catalogue
 from gpuctl.render import engine_args, render_serve
 from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
 from gpuctl.target import Target
-from gpuctl.verdicts import settle, starts_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from gpuctl.cli.console import Console
     from gpuctl.configs import Found
+    from gpuctl.cost import Cost
     from gpuctl.fit.values import Candidate
     from gpuctl.prices import Rates
     from gpuctl.specs.serve import ServeSpec
@@ -76,20 +74,35 @@ def plan_serve(
 
     A usage error where the model does not fit on a GPU that was asked for.
     """
-    rates = rates or from_catalogue("nobody was asked")
-    settled = settle(spec, found, rates, argv=list(command_of(argv, spec.target)))
-    spec = settled.spec
+    command = tuple(command_of(argv, spec.target))
+    head: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    own = _whole_context(spec, found)
+    if own is not None:
+        spec = dataclasses.replace(spec, max_model_len=own)
+    else:
+        from gpuctl.verdicts import settle
+
+        settled = settle(spec, found, rates or _list_prices(), argv=list(command))
+        spec, head, said = settled.spec, settled.head, settled.notes
+        warnings, candidates = settled.warnings, settled.candidates
     if revision is not None:
         spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, revision=revision))
-    command = tuple(command_of(argv, spec.target))
     cost = lowered = None
     gpu = spec.gpu
     if gpu is not None and spec.target is not Target.LOCAL:
+        from gpuctl.cost import cost_of, within
+
+        rates = rates or _list_prices()
         if spec.max_hourly_cost is not None:
+            from gpuctl.verdicts import starts_on
+
             spec, lowered = within(spec, gpu.choices, rates, starts=starts_on(spec, found, rates))
         cost = cost_of(spec, gpu.choices, rates)
-    source = render_serve(spec, argv=command, head=settled.head)
-    notes = [*_notes(spec), *found.notes, *settled.notes]
+    source = render_serve(spec, argv=command, head=head)
+    notes = [*_notes(spec), *found.notes, *said]
     if lowered:
         notes.append(lowered)
     if cost is not None:
@@ -99,11 +112,29 @@ def plan_serve(
         source=source,
         digest=hashlib.sha256(source.encode()).hexdigest(),
         notes=tuple(notes),
-        warnings=(*settled.warnings, *(() if cost is None else cost.warnings())),
+        warnings=(*warnings, *(() if cost is None else cost.warnings())),
         cost=cost,
-        candidates=settled.candidates,
+        candidates=candidates,
         argv=command,
     )
+
+
+def _whole_context(spec: ServeSpec, found: Found) -> int | None:
+    """The context of `tiny` on this machine, all of which fits: what `settle` says too, without importing its rooms.
+
+    None: not so simple.
+    """
+    if spec.model.repo is not None or spec.gpu is not None or spec.auto or spec.target is not Target.LOCAL:
+        return None
+    if spec.max_model_len is not None or spec.engine_args or found.config is None:
+        return None
+    return int(found.config["max_position_embeddings"])
+
+
+def _list_prices() -> Rates:
+    from gpuctl.prices import from_catalogue
+
+    return from_catalogue("nobody was asked")
 
 
 def command_of(argv: Sequence[str], target: Target) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path  # noqa: TC003 - typer reads the annotations when it runs
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,12 @@ from gpuctl.cli.options import (
     text,
 )
 from gpuctl.errors import usage_error
+
+if TYPE_CHECKING:
+    from gpuctl.cli.console import Console
+    from gpuctl.modal_cli import Runner
+    from gpuctl.prices import Rates
+    from gpuctl.target import Target
 
 
 def serve(
@@ -195,7 +201,6 @@ def serve(
     from gpuctl.cli.console import Console
     from gpuctl.configs import NOTHING, of_deployment, of_ref
     from gpuctl.plan import plan_serve
-    from gpuctl.prices import rates
     from gpuctl.specs.serve import ServeSpec
 
     if json and (dry_run or render):
@@ -240,7 +245,7 @@ def serve(
 
     known = of_ref(spec.model, online=False)
     if dry_run or render:
-        plan = plan_serve(spec, known, argv=argv, rates=rates(spec.target))
+        plan = plan_serve(spec, known, argv=argv, rates=_rates(spec.target))
         if render:
             _write(render, plan.source)
         plan.tell(console)
@@ -254,7 +259,7 @@ def serve(
 
     # What cannot fit is refused before anybody is asked anything, where nobody need be asked to know.
     if known.source != NOTHING and (spec.model.alias or spec.model.pinned):
-        plan_serve(spec, known, argv=argv, rates=rates(spec.target))
+        plan_serve(spec, known, argv=argv, rates=_rates(spec.target))
 
     from gpuctl.deploy import check_tools, execute
     from gpuctl.hub import resolve_revision
@@ -270,13 +275,24 @@ def serve(
             found,
             argv=argv,
             revision=revision,
-            rates=rates(spec.target, runner=runner, console=console),
+            rates=_rates(spec.target, runner=runner, console=console),
         ),
         runner=runner,
         console=console,
         wait=wait,
         yes=yes,
     )
+
+
+def _rates(target: Target, *, runner: Runner | None = None, console: Console | None = None) -> Rates | None:
+    """The prices to reckon with; None on this machine, which has none."""
+    from gpuctl.target import Target
+
+    if target is Target.LOCAL:
+        return None
+    from gpuctl.prices import rates
+
+    return rates(target, runner=runner, console=console)
 
 
 def _write(path: Path, source: str) -> None:

@@ -198,7 +198,8 @@ def test_a_dry_run_imports_little() -> None:
     """Speed, without a clock: what would make it slow is not even imported."""
     code = (
         "import sys; from gpuctl.__main__ import main; main(['serve', 'tiny', '--local', '--dry-run']);"
-        "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+        "print(*{name if name.startswith('gpuctl.') else name.partition('.')[0] for name in sys.modules},"
+        " file=sys.stderr)"
     )
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
@@ -217,6 +218,8 @@ def test_a_dry_run_imports_little() -> None:
         "sqlite3",
     }
     assert not imported & {"pydantic", "pydantic_core"}
+    # Nothing is charged here, and what fits is plain.
+    assert not imported & {"gpuctl.cost", "gpuctl.prices", "gpuctl.verdicts", "gpuctl.fitting", "gpuctl.fit"}
 
 
 def test_what_it_costs_comes_from_what_is_kept_and_nobody_is_asked(

@@ -12,8 +12,10 @@ from gpuctl import catalog
 from gpuctl.configs import of_ref
 from gpuctl.errors import GpuctlError
 from gpuctl.plan import Plan, command_of, plan_serve
+from gpuctl.prices import from_catalogue
 from gpuctl.specs.serve import ServeSpec
 from gpuctl.target import Target
+from gpuctl.verdicts import settle
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -104,6 +106,17 @@ def test_all_that_differs_locally_is_said(options: dict[str, Any]) -> None:
     assert ("the model split over" in said) == (options["gpu"] in ("H100:2", "H100:2,L4"))
     if "engine_args" in options:
         assert "(--enforce-eager" not in said
+
+
+@pytest.mark.parametrize("options", [{}, {"concurrency": "7"}, {"pip": ("einops==0.8.1",)}])
+def test_the_short_way_for_tiny_leads_where_the_long_one_does(options: dict[str, Any]) -> None:
+    spec = ServeSpec.from_options(model="tiny", target=Target.LOCAL, **options)
+    found = of_ref(spec.model)
+    settled = settle(spec, found, from_catalogue("a test"), argv=["serve", "tiny"])
+    short = plan_serve(spec, found, argv=("serve", "tiny"))
+    assert short.spec == settled.spec
+    assert short.spec.max_model_len is not None
+    assert (settled.notes, settled.warnings, settled.head, settled.candidates) == ((), (), (), ())
 
 
 def test_a_gated_model_without_a_token_says_how_to_give_one() -> None:
