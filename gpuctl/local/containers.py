@@ -69,6 +69,7 @@ class ContainerSpec:
     isolated_network: bool
     arguments: bytes
     server_socket: Path
+    gpus: tuple[int, ...] = ()  # the numbers of its cards
 
 
 class Container:
@@ -276,7 +277,7 @@ class ContainerRuntime:
             self._on_log(task_id, fd, pending.decode(errors="replace") + "\n")
 
     def _filesystem(self, spec: ContainerSpec, folder: Path, sockets: Path) -> sandbox.Filesystem:
-        filesystem = sandbox.Filesystem(hide=self._hide)
+        filesystem = sandbox.Filesystem(hide=self._hide, gpus=spec.gpus)
         filesystem.bind(folder / "tmp", "/tmp", read_only=False)
         filesystem.bind(folder / "root", "/root", read_only=False)
         for interpreter in sandbox.interpreter_folders(spec.image.base_python):

@@ -180,6 +180,7 @@ class ControlPlane:
         from gpuctl.local.dicts import Dicts
         from gpuctl.local.environments import Environments
         from gpuctl.local.functions import Functions
+        from gpuctl.local.gpus import Gpus, cards
         from gpuctl.local.ids import new_id
         from gpuctl.local.image_rpcs import Images
         from gpuctl.local.images import ImageStore
@@ -216,12 +217,14 @@ class ControlPlane:
         self._proxy_tokens = ProxyTokens(store, self._environments)
         self._images = Images(ImageStore(cache_dir, hide=(state_dir,)), self._mounts, self._secrets)
         self._servers = Servers(store, self._environments, self._logs, self._proxy_tokens)
+        gpus = Gpus(cards())
         self._functions = Functions(
             store,
             self._environments,
             Variants(store),
             open_url=self._servers.open,
             url_of=self._servers.url_of,
+            gpus=gpus,
         )
         self._tasks = Tasks(
             store,
@@ -232,6 +235,7 @@ class ControlPlane:
             self._volumes,
             self._secrets,
             self._logs,
+            gpus,
         )
         self._servers.attach(self._functions, self._tasks)
         self._calls = Calls(store, Ledger(store), self._functions, self._tasks, self._logs, Capacity())

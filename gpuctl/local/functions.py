@@ -7,8 +7,8 @@ publishing can tell whether anything changed. All are kept as FunctionData, also
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
@@ -20,6 +20,7 @@ from gpuctl.local.wire import Call, conflict, invalid, not_found, rpc, unimpleme
 
 if TYPE_CHECKING:
     from gpuctl.local.environments import Environments
+    from gpuctl.local.gpus import Gpus
     from gpuctl.local.variants import Variants
 
 UrlOf = Callable[[str], str]
@@ -37,12 +38,14 @@ class Functions:
         *,
         open_url: Callable[[str], Any],
         url_of: UrlOf,
+        gpus: Gpus,
     ) -> None:
         self._store = store
         self.variants = variants
         self._environments = environments
         self._open_url = open_url
         self._url_of = url_of
+        self._gpus = gpus
 
     # ---- what the other nouns ask
 
@@ -316,7 +319,8 @@ class Functions:
             ]
             if gpus:
                 wanted = " or ".join(f"{gpu.gpu_type}:{gpu.count}" for gpu in gpus)
-                said[f"{name}: GPU {wanted} asked for; {_gpu_note()}"] = None
+                if note := self._gpu_note(gpus[0].gpu_type, gpus[0].count):
+                    said[f"{name}: GPU {wanted} asked for; {note}"] = None
             if data.HasField("schedule") or first.HasField("schedule"):
                 said[f"{name}: its schedule does not fire on the local control plane."] = None
             if first.checkpointing_enabled:
@@ -329,11 +333,19 @@ class Functions:
                 said[warning] = None
         return list(said)
 
-
-def _gpu_note() -> str:
-    if Path("/dev/nvidiactl").exists():
-        return "this machine has NVIDIA GPUs, but the local control plane does not count or assign them yet."
-    return "this machine has none, so the local control plane runs it on the CPU."
+    def _gpu_note(self, kind: str, count: int) -> str:
+        """What is not as asked; "" where this machine has such cards, and enough of them."""
+        here = self._gpus.all
+        if not self._gpus.covers(count):
+            has = f"{len(here)}" if here else "none"
+            return f"this machine has {has}, so the local control plane runs it on the CPU."
+        models = sorted({card.model for card in here})
+        letters = kind.partition("-")[0].rstrip("!+").upper()
+        if letters in ("", "ANY") or all(
+            re.search(rf"\b{re.escape(letters)}\b", model.upper()) for model in models
+        ):
+            return ""
+        return f"this machine has {' and '.join(models)}, so it gets {count} of those."
 
 
 def _as_data(request: Any) -> Any:

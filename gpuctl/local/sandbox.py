@@ -64,10 +64,12 @@ class Filesystem:
     """The mounts of one container.
 
     `hide` are host folders that must not be visible wherever they lie (the plane's state and cache, the home).
+    `gpus` are the numbers of the NVIDIA cards that are visible, as in /dev/nvidia0; None for all.
     Things are bound in any order; `mounts` puts what lies higher first, so that nothing covers anything.
     """
 
     hide: tuple[Path, ...] = ()
+    gpus: tuple[int, ...] | None = None
     _base: list[Mount] = field(default_factory=list)
     _placed: list[Mount] = field(default_factory=list)
 
@@ -110,8 +112,14 @@ class Filesystem:
     def _devices(self) -> None:
         self._base.append(Mount("dev", "/dev"))
         for entry in sorted(Path("/dev").iterdir()):
-            if entry.name.startswith(_GPU_DEVICES):
+            if entry.name.startswith(_GPU_DEVICES) and self._may_see(entry.name):
                 self._base.append(Mount("bind", str(entry), str(entry)))
+
+    def _may_see(self, device: str) -> bool:
+        if self.gpus is None:
+            return True
+        number = device.removeprefix("nvidia")
+        return int(number) in self.gpus if number.isdecimal() else bool(self.gpus)
 
     def _resolver(self) -> None:
         # systemd-resolved keeps the real file under /run, which is hidden; without it no name resolves.

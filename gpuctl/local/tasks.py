@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from gpuctl.local.environments import Environments
     from gpuctl.local.functions import Functions
+    from gpuctl.local.gpus import Card, Gpus
     from gpuctl.local.image_rpcs import Images
     from gpuctl.local.mounts import Mounts
     from gpuctl.local.secrets import Secrets
@@ -77,7 +78,9 @@ class Tasks:
         volumes: Volumes,
         secrets_: Secrets,
         logs: Logs,
+        gpus: Gpus,
     ) -> None:
+        self._gpus = gpus
         self._store = store
         self._environments = environments
         self._functions = functions
@@ -133,7 +136,11 @@ class Tasks:
         """Start its container. What goes wrong ends the task, with a system line that says why."""
         try:
             assert self._runtime is not None
-            spec = self._spec(task, deployment)
+            cards = await self._cards(task)
+            if cards is None:
+                self._finish(task, None)
+                return
+            spec = self._spec(task, deployment, cards)
             task.isolated = task.server = spec.isolated_network
             task.container = await self._runtime.start(spec)
         except Exception as error:
@@ -150,6 +157,20 @@ class Tasks:
             return
         self._store.task_started(task.id, time.time())
         self._spawn(self._watch(task, task.container))
+
+    async def _cards(self, task: Task) -> tuple[Card, ...] | None:
+        """The GPUs that its function asks for, once they are free; None when it was stopped while it waited."""
+        data = self._functions.data_of(task.function_id, task.definition_id)
+        count = data.ranked_functions[0].function.resources.gpu_config.count
+        if self._gpus.covers(count) and not self._gpus.ready(count):
+            self._logs.say(
+                task.app_id,
+                task.function_id,
+                task.id,
+                f"container {task.id} waits for {count} GPU{'s' if count > 1 else ''}: "
+                f"{len(self._gpus.free)} of {len(self._gpus.all)} are free",
+            )
+        return await self._gpus.take(task.id, count)
 
     def _spawn(self, work: Any) -> None:
         job = asyncio.create_task(work)
@@ -171,6 +192,7 @@ class Tasks:
         self._finish(task, code)
 
     def _finish(self, task: Task, code: int | None) -> None:
+        self._gpus.give_back(task.id)
         task.exit_code = code
         self._logs.flush()
         self._store.task_finished(task.id, time.time(), code)
@@ -181,6 +203,7 @@ class Tasks:
     async def stop(self, task: Task, *, grace: float = EXIT_HOOK_SECONDS) -> None:
         """End it: a signal, its exit hooks for `grace` seconds, then SIGKILL. Returns when nothing of it is left."""
         task.stopping = True
+        self._gpus.withdraw(task.id)
         while task.container is None and not task.ended.is_set():
             await asyncio.sleep(0.01)  # it is being set up: stopped as soon as there is something to stop
         if task.container is not None and not task.ended.is_set():
@@ -192,7 +215,7 @@ class Tasks:
         tasks = [task for task in self.live.values() if app_id in (None, task.app_id)]
         await asyncio.gather(*(self.stop(task, grace=grace) for task in tasks))
 
-    def _spec(self, task: Task, deployment: Deployment) -> ContainerSpec:
+    def _spec(self, task: Task, deployment: Deployment, cards: tuple[Card, ...]) -> ContainerSpec:
         data = self._functions.data_of(task.function_id, task.definition_id)
         function = data.ranked_functions[0].function
         app = self._store.app(task.app_id)
@@ -216,6 +239,7 @@ class Tasks:
             env={
                 **image.env,
                 **self._secrets.values(function.secret_ids),
+                **({"CUDA_VISIBLE_DEVICES": ",".join(card.uuid for card in cards)} if cards else {}),
                 **self._modal_variables(task, environment, image.id),
             },
             image=image,
@@ -229,6 +253,7 @@ class Tasks:
             isolated_network=bool(data.is_server),
             arguments=arguments.SerializeToString(),
             server_socket=Path(self._server_socket),
+            gpus=tuple(card.minor for card in cards),
         )
 
     def _modal_variables(self, task: Task, environment: str, image_id: str) -> dict[str, str]:
