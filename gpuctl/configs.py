@@ -34,7 +34,8 @@ _LONGEST_CONFIG = 4 * 2**20  # bytes; the longest one seen has 60 kB
 class Found:
     """What is known of a model, from where, and what to say about that.
 
-    `config`: its config.json; empty where only the size of its weights is known. `parameters`: elements by
+    `config`: its config.json; empty where only the size of its weights is known; `quantization`: its
+    hf_quant_config.json, where that alone says how the weights are stored. `parameters`: elements by
     safetensors dtype; `weight_bytes`: of all that an engine loads. None: not known.
     """
 
@@ -47,6 +48,7 @@ class Found:
     pipeline: str | None
     source: str
     notes: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] | None = None
 
 
 def find(text: str, *, online: bool = True) -> Found:
@@ -136,7 +138,14 @@ def _found_at(
         weight_bytes=weight_bytes,
         pipeline=None,
         source=str(config) if weight_bytes is None else f"{config} and the headers of the weights beside it",
+        quantization=_quantization_beside(config),
     )
+
+
+def _quantization_beside(config: Path) -> Mapping[str, Any] | None:
+    """NVIDIA's ModelOpt says in a file of its own how weights are stored."""
+    path = config.with_name("hf_quant_config.json")
+    return _read_config(path) if path.is_file() else None
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -219,7 +228,7 @@ def _tiny(ref: ModelRef) -> Found:
 def _of_catalogue(ref: ModelRef) -> Found | None:
     """What the catalogue knows; None where it has no config.json of this repository."""
     config = None if ref.repo is None else _catalogue_config(ref.repo)
-    if config is None:
+    if config is None or ref.repo is None:
         return None
     return Found(
         name=ref.alias or ref.title,
@@ -230,6 +239,27 @@ def _of_catalogue(ref: ModelRef) -> Found | None:
         weight_bytes=None,
         pipeline=None,
         source="the catalogue",
+        notes=_left_open(ref.repo, config),
+    )
+
+
+# What a repository is called whose weights are quantised, in ways that its config.json should tell.
+_QUANTISED = re.compile(
+    r"(?:^|[-_.])(?:fp8|nvfp4|mxfp4|awq|gptq|int[48]|w4a16|w8a8|bnb|[48]bit)(?:$|[-_.])", re.I
+)
+
+
+def _left_open(repo: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Said where a name promises what the file in the catalogue does not tell."""
+    if not _QUANTISED.search(repo.rpartition("/")[2]):
+        return ()
+    from gpuctl.repos import says_how_stored
+
+    if says_how_stored(config):
+        return ()
+    return (
+        f"{repo}: by its name the weights are quantised, but its config.json does not say how (a file of its own, "
+        f"hf_quant_config.json, may): they are reckoned as 16 bits each; `gpuctl fit {repo}` asks the hub",
     )
 
 
@@ -336,6 +366,7 @@ def _described(ref: ModelRef, described: Described, source: str) -> Found:
         weight_bytes=described.weight_bytes,
         pipeline=described.pipeline,
         source=source,
+        quantization=described.quantization,
     )
 
 

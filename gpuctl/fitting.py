@@ -121,7 +121,9 @@ def facts_of(found: Found) -> ModelFacts:
     architecture = None
     if found.config:
         try:
-            architecture = read(found.config, what=f"MODEL: {found.name}: config.json")
+            architecture = read(
+                found.config, what=f"MODEL: {found.name}: config.json", quantization=found.quantization
+            )
         except UnknownFamilyError:
             architecture = None
     return ModelFacts(

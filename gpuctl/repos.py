@@ -31,6 +31,9 @@ _MOST_INDEX = 64 * 2**20
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 PIPELINE = "model_index.json"  # of diffusers: the parts of an image model
+QUANTIZATION = (
+    "hf_quant_config.json"  # of NVIDIA's ModelOpt, where config.json does not say how weights are stored
+)
 
 
 class UnreachableError(GpuctlError):
@@ -49,7 +52,8 @@ class GatedError(GpuctlError):
 class Described:
     """A model as its repository or its folder describes it.
 
-    `parameters`: elements by safetensors dtype of all files that an engine loads; `weight_bytes`: their size, known
+    `quantization`: its hf_quant_config.json, where config.json says nothing of that and there is one; `parameters`:
+    elements by safetensors dtype of all files that an engine loads; `weight_bytes`: their size, known
     without `parameters` where an index states it. None: not known.
     """
 
@@ -60,6 +64,7 @@ class Described:
     weight_bytes: int | None = None
     pipeline: str | None = None
     gated: bool = False
+    quantization: Mapping[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """As it is cached."""
@@ -71,6 +76,7 @@ class Described:
             "weight_bytes": self.weight_bytes,
             "pipeline": self.pipeline,
             "gated": self.gated,
+            "quantization": None if self.quantization is None else dict(self.quantization),
         }
 
 
@@ -101,6 +107,7 @@ class _Record:
         """The second request, and a third if the record has no parameters."""
         hub = self.hub
         config: Mapping[str, Any] = {}
+        quantization: Mapping[str, Any] | None = None
         weight_bytes = None if self.parameters is None else safetensors.size(self.parameters)
         parameters = self.parameters
         if self.files is not None and CONFIG not in self.files:
@@ -111,6 +118,8 @@ class _Record:
                 weight_bytes, parameters = hub.size_of_parts(), None
         else:
             config = hub.config(self.commit, mirrored=self.mirrored)
+            if not says_how_stored(config) and QUANTIZATION in (self.files or ()):
+                quantization = hub.json(QUANTIZATION, hub.get(QUANTIZATION, self.commit))
         if weight_bytes is None and PIPELINE not in (self.files or ()):
             parameters, weight_bytes = hub.weights(self.commit, self.files)
         return Described(
@@ -121,6 +130,7 @@ class _Record:
             weight_bytes=weight_bytes,
             pipeline=self.pipeline or ("text-to-image" if PIPELINE in (self.files or ()) else None),
             gated=self.gated,
+            quantization=quantization,
         )
 
 
@@ -163,24 +173,35 @@ class _Hub:
 
     def config(self, commit: str | None, *, mirrored: bool) -> Mapping[str, Any]:
         """Its config.json. `mirrored`: what answers has no API, and may be no hub at all."""
-        response = self._get(self._file(CONFIG, commit))
+        response = self.get(CONFIG, commit, missing=True)
         if response.status_code == 404 and mirrored and "X-Error-Code" not in response.headers:
             raise UnreachableError(
                 f"MODEL: {self.repo}: {self.endpoint} answers as no hub does, and has no such model",
                 hint="check HF_ENDPOINT and the proxy, or give an alias",
             )
-        if response.status_code == 404 and response.headers.get("X-Error-Code") in (None, "EntryNotFound"):
+        if response.status_code == 404:
             raise _no_model(self.repo, None)
-        self._check(response)
+        return self.json(CONFIG, response)
+
+    def get(self, name: str, commit: str | None, *, missing: bool = False) -> Response:
+        """A small file, whole; `missing`: where there is none, the answer that says so, and no error."""
+        response = self._get(self._file(name, commit))
+        code = response.headers.get("X-Error-Code")
+        if not (missing and response.status_code == 404 and code in (None, "EntryNotFound")):
+            self._check(response)
+        return response
+
+    def json(self, name: str, response: Response) -> Mapping[str, Any]:
+        """The JSON object in a file; a usage error where it is none."""
         if len(response.content) > _MOST_CONFIG:
-            raise usage_error(f"MODEL: {self.repo}: its config.json is {len(response.content):,} bytes long")
+            raise usage_error(f"MODEL: {self.repo}: its {name} is {len(response.content):,} bytes long")
         try:
-            config = response.json()
+            found = response.json()
         except (ValueError, RecursionError) as error:
-            raise usage_error(f"MODEL: {self.repo}: its config.json is no JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise usage_error(f"MODEL: {self.repo}: its config.json is no JSON object")
-        return config
+            raise usage_error(f"MODEL: {self.repo}: its {name} is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise usage_error(f"MODEL: {self.repo}: its {name} is no JSON object")
+        return found
 
     def weights(
         self, commit: str | None, files: Sequence[str] | None
@@ -376,6 +397,13 @@ def what_it_holds(names: Sequence[str]) -> str:
     return "no weights either" if names else "nothing that describes a model"
 
 
+def says_how_stored(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says how the weights are quantised."""
+    inner = config.get("text_config")
+    tables = (config, inner) if isinstance(inner, dict) else (config,)
+    return any(table.get(name) for table in tables for name in ("quantization_config", "compression_config"))
+
+
 def _commit(text: object) -> str | None:
     return text if isinstance(text, str) and COMMIT.fullmatch(text) else None
 
@@ -405,6 +433,7 @@ def document_of(text: str) -> Described | None:
             weight_bytes=found["weight_bytes"],
             pipeline=found["pipeline"],
             gated=found["gated"],
+            quantization=found["quantization"],
         )
     except (ValueError, KeyError, TypeError):
         return None

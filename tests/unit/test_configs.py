@@ -148,6 +148,21 @@ def test_an_index_that_states_its_total_at_the_end(hub: Hub) -> None:
     assert find("acme/late").weight_bytes == 77
 
 
+def test_how_weights_are_stored_may_stand_in_a_file_of_its_own(hub: Hub, tmp_path: Path) -> None:
+    stored = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    config = json.dumps(CONFIG).encode()
+    files = {"config.json": config, "hf_quant_config.json": json.dumps(stored).encode()}
+    hub.repos["nvidia/model-FP8"] = Repo(files=files)
+    assert find("nvidia/model-FP8").quantization == stored
+    assert find("nvidia/model-FP8", online=False).quantization == stored
+    files["config.json"] = json.dumps(CONFIG | {"quantization_config": {"quant_method": "fp8"}}).encode()
+    hub.repos["nvidia/model-FP8"].commit = "e" * 40
+    assert find("nvidia/model-FP8").quantization is None
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert find(str(tmp_path)).quantization == stored
+
+
 def test_weights_of_pytorch_are_known_by_their_size(hub: Hub) -> None:
     hub.repos["acme/old"] = Repo(
         files={"config.json": b"{}", "pytorch_model-1.bin": b"x" * 700, "a.bin": b"y"}
