@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import catalog, safetensors
+from gpuctl.catalog.configs import config_of
 from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.specs.model import ModelRef
 
@@ -227,7 +228,7 @@ def _tiny(ref: ModelRef) -> Found:
 
 def _of_catalogue(ref: ModelRef) -> Found | None:
     """What the catalogue knows; None where it has no config.json of this repository."""
-    config = None if ref.repo is None else _catalogue_config(ref.repo)
+    config = None if ref.repo is None else config_of(ref.repo)
     if config is None or ref.repo is None:
         return None
     return Found(
@@ -237,7 +238,7 @@ def _of_catalogue(ref: ModelRef) -> Found | None:
         config=config,
         parameters=None,
         weight_bytes=None,
-        pipeline=None,
+        pipeline=_pipeline(ref),
         source="the catalogue",
         notes=_left_open(ref.repo, config),
     )
@@ -263,13 +264,17 @@ def _left_open(repo: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _catalogue_config(repo: str) -> Mapping[str, Any] | None:
-    path = Path(catalog.__file__).parent / "configs" / f"{repo.replace('/', '--')}.json"
-    try:
-        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return config
+# What the hub would call the task of a model whose class does not tell: an embedding model can be a decoder.
+_PIPELINES = {
+    "embedding": "feature-extraction",
+    "reranker": "text-ranking",
+    "speech": "automatic-speech-recognition",
+}
+
+
+def _pipeline(ref: ModelRef) -> str | None:
+    entry = ref.entry
+    return None if entry is None else _PIPELINES.get(entry.kind)
 
 
 def _nothing(ref: ModelRef) -> Found:

@@ -41,9 +41,9 @@ def cache_dir(*, make: bool = True) -> Path:
     return _xdg("XDG_CACHE_HOME", ".cache", make=make)
 
 
-def config_dir() -> Path:
-    """`$XDG_CONFIG_HOME/gpuctl`, made when missing."""
-    return _xdg("XDG_CONFIG_HOME", ".config")
+def config_dir(*, make: bool = True) -> Path:
+    """`$XDG_CONFIG_HOME/gpuctl`, made when missing; not with `make=False`, for who only looks."""
+    return _xdg("XDG_CONFIG_HOME", ".config", make=make)
 
 
 def found_as(program: Path, *, folder: Path, path: str) -> str:

@@ -35,6 +35,7 @@ from gpuctl.fitting import (
 from gpuctl.specs.engine_args import memory_args
 from gpuctl.specs.fit import DTYPES, KV_DTYPES, quantizations
 from gpuctl.specs.gpu import GpuChoice, GpuRequest
+from gpuctl.specs.serve import not_for_chat
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ def settle(spec: ServeSpec, found: Found, rates: Rates, *, argv: Sequence[str]) 
     `argv` is the command, from which the one that would work is made.
     """
     case = _case(spec, found, rates, argv)
+    if case.facts.kind not in catalog.CHATS and not spec.force:
+        raise usage_error(
+            not_for_chat(case.facts.name, case.facts.kind),
+            hint=f"that is what {case.facts.source} says; if it does chat, give --force",
+        )
     settled = Settled(spec)
     if spec.auto:
         settled = _chosen(case)

@@ -7,16 +7,21 @@ out of the tables (None here), never guessed.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from gpuctl.catalog.own import own_models
 from gpuctl.catalog.tables import table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_BYTES_PER_PARAMETER = 2  # bfloat16, in which the models without a stated file size are published
+TINY = "tiny"
+KINDS = ("llm", "vision", "embedding", "reranker", "speech", "image")
+CHATS = ("llm", "vision")
+_BYTES_PER_PARAMETER = 2.0  # bfloat16, in which most models without a stated file size are published
+_BYTES_OF = {"float32": 4.0, "fp8": 1.0, "int8": 1.0} | dict.fromkeys(("nvfp4", "mxfp4", "int4"), 4.5 / 8)
 
 
 @dataclass(frozen=True)
@@ -70,24 +75,76 @@ class CloudPrice:
 
 
 @dataclass(frozen=True)
+class OtherConfig:
+    """Whose config.json stands in for a model's own: the same architecture, `without` some keys, others `changed`."""
+
+    of: str
+    without: tuple[str, ...]
+    changed: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Model:
-    """What an alias stands for; `repo` is None where the rendered file makes the model itself (`tiny`)."""
+    """What an alias stands for; `repo` is None where the rendered file makes the model itself (`tiny`).
+
+    None everywhere else: not known. `kind`: "llm", "vision", "embedding", "reranker", "speech" or "image"; `context` in
+    tokens; `active_b` of a mixture of experts, in billions; `dtype`: of the published weights; `revision`: of the
+    alias, None: the newest of main. `mine`: from the user's own file.
+    """
 
     alias: str
     repo: str | None
-    licence: str
-    gated: bool
-    weights_gib: float | None
-    parameters_b: float | None
-    source: str
-    note: str | None
+    also: tuple[str, ...] = ()
+    kind: str = "llm"
+    revision: str | None = None
+    licence: str | None = None
+    gated: bool | None = None
+    parameters_b: float | None = None
+    active_b: float | None = None
+    context: int | None = None
+    dtype: str | None = None
+    weights_gib: float | None = None
+    engine: str | None = None
+    engine_since: str | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+    note: str | None = None
+    config: OtherConfig | None = None
+    mine: str | None = None  # the file that it stands in
+    read_in: Mapping[str, str] = field(default_factory=dict)  # the key of the source of each fact
+    recipe: str | None = None
+
+    @property
+    def chats(self) -> bool:
+        """Whether it answers chat requests, which is what `serve` waits for."""
+        return self.kind in CHATS
 
     @property
     def download_gib(self) -> float | None:
-        """Size of the weights in GiB: as stated, else 2 bytes for each stated parameter, else None."""
+        """Size of the weights in GiB: as stated, else the stated parameters in the format that they are published in.
+
+        Four bits come with a scale of eight for each 16 weights (NVFP4) or 32 (MXFP4): the larger one is taken.
+        """
         if self.weights_gib is not None:
             return self.weights_gib
-        return None if self.parameters_b is None else gib_of_parameters(self.parameters_b)
+        if self.parameters_b is None:
+            return None
+        return gib_of_parameters(self.parameters_b, _BYTES_OF.get(self.dtype or "", _BYTES_PER_PARAMETER))
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Where each fact was read, by the field's name."""
+        if self.mine is not None:
+            return MappingProxyType({"alias": Source(self.mine, "")})
+        return MappingProxyType({fact: _model_source(key, self.recipe) for fact, key in self.read_in.items()})
+
+    @property
+    def source(self) -> str:
+        """Where most of it was read."""
+        if self.mine is not None:
+            return self.mine
+        keys = list(self.read_in.values())
+        return _model_source(max(keys, key=keys.count), self.recipe).where
 
 
 @dataclass(frozen=True)
@@ -114,9 +171,9 @@ class Engine:
     cpu: Build
 
 
-def gib_of_parameters(billions: float) -> float:
-    """GiB of the weights of a bfloat16 model with so many billions of parameters."""
-    return billions * 1e9 * _BYTES_PER_PARAMETER / 2**30
+def gib_of_parameters(billions: float, bytes_each: float = _BYTES_PER_PARAMETER) -> float:
+    """GiB of the weights of a model with so many billions of parameters, bfloat16 unless told otherwise."""
+    return billions * 1e9 * bytes_each / 2**30
 
 
 @functools.cache
@@ -140,24 +197,74 @@ def cloud_prices() -> tuple[CloudPrice, ...]:
     )
 
 
-@functools.cache
 def models() -> Mapping[str, Model]:
-    """All aliases, `tiny` first."""
-    return MappingProxyType(
-        {
-            row["alias"]: Model(
-                alias=row["alias"],
-                repo=row["repo"] or None,
-                licence=row["licence"],
-                gated=row["gated"],
-                weights_gib=row.get("weights_gib"),
-                parameters_b=row.get("parameters_b"),
-                source=row["source"],
-                note=row.get("note"),
-            )
-            for row in table("models")["model"]
-        }
+    """All aliases, `tiny` first, the user's own last; one that the user's file names again is the user's."""
+    mine = own_models()
+    return builtin_models() if not mine else MappingProxyType({**builtin_models(), **mine})
+
+
+def named(name: str) -> Model | None:
+    """The model of this alias, or of another name of it."""
+    found = models().get(name)
+    if found is not None:
+        return found
+    return next((model for model in models().values() if name in model.also), None)
+
+
+def of_repo(repo: str) -> Model | None:
+    """What is known of a repository."""
+    return next((model for model in builtin_models().values() if model.repo == repo), None)
+
+
+def names() -> list[str]:
+    """Every alias, and every other name."""
+    return [name for model in models().values() for name in (model.alias, *model.also)]
+
+
+@functools.cache
+def builtin_models() -> Mapping[str, Model]:
+    """The aliases of the table alone."""
+    return MappingProxyType({row["alias"]: _model(row) for row in table("models")["model"]})
+
+
+def _model(row: Mapping[str, Any]) -> Model:
+    config = row.get("config")
+    fields = {key: row[key] for key in row.keys() & _PLAIN}
+    return Model(
+        repo=row["repo"] or None,
+        also=tuple(row.get("also", ())),
+        config=None
+        if config is None
+        else OtherConfig(config["of"], tuple(config.get("without", ())), config.get("changed", {})),
+        read_in=row["from"],
+        **fields,
     )
+
+
+_PLAIN = frozenset(
+    (
+        "alias",
+        "kind",
+        "licence",
+        "gated",
+        "parameters_b",
+        "active_b",
+        "context",
+        "dtype",
+        "weights_gib",
+        "engine",
+        "engine_since",
+        "tool_parser",
+        "reasoning_parser",
+        "note",
+        "recipe",
+    )
+)
+
+
+def _model_source(key: str, recipe: str | None) -> Source:
+    row = table("models")["sources"][key]
+    return Source(row["where"].format(recipe=recipe), row["as_of"])
 
 
 @functools.cache

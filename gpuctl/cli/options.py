@@ -53,13 +53,19 @@ def repeatable(metavar: str, help_: str) -> Any:
 
 
 def complete_model(incomplete: str) -> list[tuple[str, str]]:
-    """The catalogue's aliases."""
+    """The catalogue's aliases, and the user's own; other names of a model when they are begun."""
     from gpuctl import catalog
+    from gpuctl.errors import GpuctlError
 
+    try:
+        models = catalog.models().values()
+    except GpuctlError:  # the user's own file; any command that is run will say what is wrong with it
+        models = catalog.builtin_models().values()
     return [
-        (alias, model.repo or model.note or "")
-        for alias, model in catalog.models().items()
-        if alias.startswith(incomplete)
+        (name, model.repo or model.note or "")
+        for model in models
+        for name in (model.alias, *(model.also if incomplete else ()))
+        if name.startswith(incomplete)
     ]
 
 

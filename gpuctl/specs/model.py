@@ -11,17 +11,11 @@ import re
 from dataclasses import dataclass
 
 from gpuctl import catalog
+from gpuctl.catalog.repository import is_repository, is_revision
 from gpuctl.errors import usage_error
 from gpuctl.specs import names
 
 TINY = "tiny"
-# The hub's rule for repositories (huggingface_hub, `validate_repo_id`): each part of letters, digits, '-', '_', '.',
-# not starting or ending with '-' or '.', without '--' and '..', at most 96 characters in all.
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
-_REPO = re.compile(rf"{_PART}/{_PART}")
-_LONGEST_REPO = 96
-# A branch, a tag or a commit: what git allows, less what only confuses (`git check-ref-format`).
-_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # "-8B", "_70b", "-0.6B-Instruct": most makers say in the name how many parameters a model has. A mixture of experts
 # names both ("-30B-A3B"): the whole comes first, and the whole is what must be downloaded.
@@ -46,14 +40,14 @@ class ModelRef:
                 "MODEL: nothing given; give an alias (such as qwen3) or org/name of Hugging Face"
             )
         repo, at, revision = text.partition("@")
-        if at and (not _REVISION.fullmatch(revision) or ".." in revision):
+        if at and not is_revision(revision):
             raise usage_error(f"MODEL: {revision!r} in {text!r} is no branch, tag or commit")
-        known = catalog.models().get(repo)
+        known = catalog.named(repo)
         if known is not None:
             if at and known.repo is None:
                 raise usage_error(f"MODEL: {known.alias} has no revisions: it is made on the spot")
-            return cls(known.alias, known.repo, revision or None)
-        if _REPO.fullmatch(repo) and len(repo) <= _LONGEST_REPO and "--" not in repo and ".." not in repo:
+            return cls(repo, known.repo, revision or known.revision)
+        if is_repository(repo):
             return cls(None, repo, revision or None)
         if re.fullmatch(r"[A-Za-z0-9._-]+", repo) and ".." not in repo:
             raise usage_error(
@@ -93,8 +87,8 @@ class ModelRef:
     def entry(self) -> catalog.Model | None:
         """The catalogue's facts about it, also when it was named by repository."""
         if self.alias is not None:
-            return catalog.models()[self.alias]
-        return next((model for model in catalog.models().values() if model.repo == self.repo), None)
+            return catalog.named(self.alias)
+        return None if self.repo is None else catalog.of_repo(self.repo)
 
     @property
     def download_gib(self) -> float | None:
@@ -109,5 +103,5 @@ class ModelRef:
 
 
 def _near(alias: str) -> str:
-    near = difflib.get_close_matches(alias.lower(), list(catalog.models()), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(catalog.models())};"
+    near = difflib.get_close_matches(alias.lower(), catalog.names(), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else "`gpuctl models` lists those that there are;"

@@ -156,7 +156,7 @@ class ServeSpec:
     ) -> ServeSpec:
         """Check what was typed (texts as they came; None: not given) and put the defaults in."""
         read = _Reader()
-        model_ref = read.parsed(ModelRef.parse, model)
+        model_ref = read.parsed(_chat_model, model)
         auto = target is Target.MODAL if gpu is None else gpu.strip().lower() == AUTO
         gpu_request = None if gpu is None or auto else read.parsed(GpuRequest.parse, gpu)
         if "--local" in engine_args:
@@ -265,6 +265,31 @@ class ServeSpec:
         """How the engine's image is built for the device of the target."""
         engine = catalog.vllm()
         return engine.cpu if self.target is Target.LOCAL else engine.cuda
+
+
+def _chat_model(text: str) -> ModelRef:
+    """MODEL, refused where the catalogue knows that it answers no chat requests: its container would never be ready."""
+    ref = ModelRef.parse(text)
+    entry = ref.entry
+    if entry is not None and not entry.chats:
+        raise usage_error(not_for_chat(ref.title if ref.alias is None else ref.alias, entry.kind))
+    return ref
+
+
+def not_for_chat(model: str, kind: str) -> str:
+    """Why `serve` does not take a model of this kind."""
+    return (
+        f"MODEL: {model} is {_KINDS.get(kind, kind)}, and answers no chat requests, so the endpoint that serve makes "
+        "would never be ready; `gpuctl models --kind llm` and `--kind vision` list what it serves"
+    )
+
+
+_KINDS = {
+    "embedding": "an embedding model",
+    "reranker": "a reranker",
+    "speech": "a speech model",
+    "image": "a model that makes images",
+}
 
 
 def default_startup_timeout(download_gib: float | None) -> int:

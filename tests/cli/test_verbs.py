@@ -82,7 +82,7 @@ def test_no_arguments_is_a_usage_error_that_helps(capsys: pytest.CaptureFixture[
     ("words", "says"),
     [
         (["lgos"], "no such command 'lgos'; did you mean logs"),
-        (["frobnicate"], "there are: serve, fit, gpus, ps"),
+        (["frobnicate"], "there are: serve, fit, models, gpus, ps"),
         (["--frob"], "gpuctl: no such option: --frob"),
         (["ps", "--lcal"], "gpuctl ps: no such option: --lcal; did you mean --local"),
         (["ps", "extra"], "gpuctl ps: "),

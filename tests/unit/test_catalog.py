@@ -11,6 +11,8 @@ import pytest
 
 from gpuctl import catalog
 from gpuctl.catalog import tables
+from gpuctl.catalog.configs import config_of
+from gpuctl.catalog.repository import is_repository
 
 
 def test_the_local_plane_answers_with_the_catalogue_s_prices() -> None:
@@ -77,7 +79,7 @@ def test_other_clouds() -> None:
 
 
 def test_models() -> None:
-    models = catalog.models()
+    models = catalog.builtin_models()
     assert {
         "tiny",
         "llama3",
@@ -88,18 +90,95 @@ def test_models() -> None:
         "gpt-oss-20b",
         "mistral",
     } <= set(models)
+    assert next(iter(models)) == "tiny"
+    for kind, least in (
+        ("llm", 60),
+        ("vision", 40),
+        ("embedding", 8),
+        ("reranker", 5),
+        ("speech", 6),
+        ("image", 8),
+    ):
+        assert sum(model.kind == kind for model in models.values()) >= least
+    every = [name for model in models.values() for name in (model.alias, *model.also)]
+    assert len(set(every)) == len(every), "a name stands for two models"
+    repos = [model.repo for model in models.values()]
+    assert len(set(repos)) == len(repos), "two models are the same"
     for model in models.values():
-        assert model.licence
-        assert model.source
         assert (model.repo is None) == (model.alias == "tiny")
-        assert model.download_gib is not None
+        assert model.repo is None or is_repository(model.repo)
+        assert model.kind in catalog.KINDS
+        assert re.fullmatch(r"[a-z0-9][a-z0-9.-]*", model.alias)
     assert models["llama3"].gated
-    assert not models["qwen3"].gated
+    assert models["qwen3"].gated is False
+    assert models["whisper"].gated is None, "what no source says is not known"
+
+
+FACTS = (
+    "licence", "gated", "parameters_b", "active_b", "context", "dtype", "weights_gib", "engine", "engine_since",
+    "tool_parser", "reasoning_parser",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", catalog.builtin_models().values(), ids=lambda model: model.alias)
+def test_each_fact_of_a_model_has_a_source(model: catalog.Model) -> None:
+    sources = model.sources
+    assert set(sources) == {fact for fact in FACTS if getattr(model, fact) is not None}
+    for source in sources.values():
+        assert "{" not in source.where
+        assert "None" not in source.where
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", source.as_of)
+    if model.active_b is not None and model.parameters_b is not None:
+        assert model.active_b < model.parameters_b
+    assert model.context is None or 64 <= model.context <= 2**24
+    assert (model.tool_parser is None and model.reasoning_parser is None) or model.chats
+    assert model.source in {source.where for source in sources.values()}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [m for m in catalog.builtin_models().values() if m.repo and config_of(m.repo)],
+    ids=lambda m: m.alias,
+)
+def test_a_model_s_config_agrees_with_what_the_catalogue_says(model: catalog.Model) -> None:
+    assert model.repo is not None
+    config = config_of(model.repo)
+    assert config is not None
+    text = config.get("text_config", config)
+    assert model.context == text.get("max_position_embeddings", config.get("max_position_embeddings"))
+    quantised = "quantization_config" in config or "quantization_config" in text
+    assert quantised == (model.dtype not in ("bfloat16", "float16", "float32"))
+
+
+def test_a_config_that_stands_in_says_what_differs() -> None:
+    known = catalog.named("qwen3-235b-a22b-2507")
+    assert known is not None
+    assert known.repo is not None
+    ours, theirs = config_of(known.repo), config_of("Qwen/Qwen3-235B-A22B")
+    assert ours is not None
+    assert theirs is not None
+    assert {key for key in ours if ours[key] != theirs[key]} == {"max_position_embeddings"}
+    without = config_of("Qwen/Qwen3.6-27B")
+    assert without is not None
+    assert "quantization_config" not in without
+    assert config_of("nobody/nothing") is None
+
+
+def test_other_names() -> None:
+    for name in ("llama3.1", "llama3-8b", "llama3"):
+        known = catalog.named(name)
+        assert known is not None
+        assert known.repo == "meta-llama/Llama-3.1-8B-Instruct"
+    assert catalog.named("nobody") is None
 
 
 def test_a_stated_size_wins_over_parameters() -> None:
     assert catalog.models()["gpt-oss-20b"].download_gib == 25.63
     assert round(catalog.models()["qwen3"].download_gib or 0, 1) == 15.3
+    # Where no size is stated, the format in which the weights are published counts.
+    assert round(catalog.models()["qwen3-32b-fp8"].download_gib or 0, 1) == 29.8
+    assert round(catalog.models()["glm-5.2-nvfp4"].download_gib or 0, 0) == 389
+    assert catalog.models()["sdxl"].download_gib is None
 
 
 def test_both_builds_are_of_one_engine() -> None:

@@ -310,9 +310,7 @@ def test_neither_alias_nor_repository() -> None:
 
 
 def test_the_catalogue_answers_for_its_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        configs, "_catalogue_config", lambda repo: CONFIG if repo == "Qwen/Qwen3-8B" else None
-    )
+    monkeypatch.setattr(configs, "config_of", lambda repo: CONFIG if repo == "Qwen/Qwen3-8B" else None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     found = find("qwen3")
     assert (found.config, found.source, found.notes) == (CONFIG, "the catalogue", ())

@@ -201,7 +201,7 @@ def test_models(
         ("a/b@-x", "no branch"),
         ("tiny@main", "no revisions"),
         ("lama3", "did you mean llama3"),
-        ("zzz", "known: tiny"),
+        ("zzz", "`gpuctl models` lists"),
     ],
 )
 def test_refused_models(text: str, says: str) -> None:
