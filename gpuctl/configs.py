@@ -119,6 +119,8 @@ def _of_path(path: Path) -> Found:
     except (OSError, ValueError) as error:
         raise usage_error(f"MODEL: {str(path)!r} cannot be read: {_reason(error)}") from error
     config = path / "config.json"
+    if not config.is_file() and (path / "model_index.json").is_file():
+        return _image_at(path)
     if not config.is_file():
         what = _without_config([one.name for one in _listed(path)])
         raise usage_error(
@@ -140,6 +142,26 @@ def _found_at(
         pipeline=None,
         source=str(config) if weight_bytes is None else f"{config} and the headers of the weights beside it",
         quantization=_quantization_beside(config),
+    )
+
+
+def _image_at(path: Path) -> Found:
+    """An image model: its parts are in folders, and only their size counts."""
+    from gpuctl.safetensors import parts_of
+
+    try:
+        files = {str(one.relative_to(path)): one.stat().st_size for one in path.glob("*/*.safetensors")}
+    except OSError as error:
+        raise usage_error(f"MODEL: {str(path)!r} cannot be read: {_reason(error)}") from error
+    return Found(
+        name=str(path),
+        repo=None,
+        revision=None,
+        config={},
+        parameters=None,
+        weight_bytes=sum(files[name] for name in parts_of(files)) or None,
+        pipeline="text-to-image",
+        source=f"the sizes of the files in {path}",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,7 +18,7 @@ from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.hub import COMMIT, endpoint, offline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from httpx2 import Response, Timeout
 
@@ -230,18 +231,16 @@ class _Hub:
         if found and len(names) == len(found):
             parameters = safetensors.total(found)
             return parameters, safetensors.size(parameters)
-        return None, self._size_of(lambda name: name.startswith("pytorch_model") and name.endswith(".bin"))
-
-    def size_of_parts(self) -> int | None:
-        """Bytes of the parts of an image model: one file of each folder and shard, without its 16-bit twins."""
-        return self._size_of(
-            lambda name: (
-                "/" in name and name.endswith(".safetensors") and ".fp16" not in name and ".bf16" not in name
-            )
+        return None, self._size_of(
+            lambda names: [name for name in names if re.fullmatch(r"pytorch_model[^/]*\.bin", name)]
         )
 
-    def _size_of(self, wanted: Any) -> int | None:
-        """Bytes of the files whose names are wanted, from the record with sizes; None: none, or no sizes."""
+    def size_of_parts(self) -> int | None:
+        """Bytes of the parts of an image model; None where the hub does not tell."""
+        return self._size_of(safetensors.parts_of)
+
+    def _size_of(self, chosen: Callable[[Sequence[str]], Sequence[str]]) -> int | None:
+        """Bytes of the files that are chosen, from the record with sizes; None: none, or no sizes."""
         from urllib.parse import quote
 
         url = f"{self.endpoint}/api/models/{self.repo}/revision/{quote(self.revision or 'main', safe='')}"
@@ -249,8 +248,8 @@ class _Hub:
         if response.status_code != 200:
             return None
         with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError):
-            sizes = [one["size"] for one in response.json()["siblings"] if wanted(one["rfilename"])]
-            return sum(sizes) or None
+            sizes = {one["rfilename"]: one["size"] for one in response.json()["siblings"]}
+            return sum(sizes[name] for name in chosen(list(sizes))) or None
         return None
 
     def _file(self, name: str, commit: str | None) -> str:

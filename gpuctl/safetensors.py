@@ -93,3 +93,14 @@ def files_of(names: Iterable[str], index: Mapping[str, Any] | None) -> list[str]
         return sorted(set(index.get("weight_map", {}).values()))
     top = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     return [name for name in top if not name.startswith("consolidated")] or top
+
+
+def parts_of(names: Iterable[str]) -> list[str]:
+    """Which of an image model's files are loaded: those in folders, without variants (`.fp16.`) of what is there."""
+    inside = [name for name in names if "/" in name and name.endswith(".safetensors")]
+    plain = [name for name in inside if not _VARIANT.search(name)]
+    with_plain = {name.rpartition("/")[0] for name in plain}
+    return sorted([*plain, *(name for name in inside if name.rpartition("/")[0] not in with_plain)])
+
+
+_VARIANT = re.compile(r"\.(?:fp16|bf16|fp8|non_ema|ema)(?=[.-])")

@@ -439,24 +439,27 @@ def _careful(judge: Judge, unknowable: Sequence[str], lessens: Sequence[str]) ->
     def careful(facts: ModelFacts, card: Card, count: int, ask: Ask) -> Candidate:
         one = judge(facts, card, count, ask)
         if unknowable:
-            return dataclasses.replace(
-                one,
-                verdict=Verdict.UNKNOWN,
-                reason=f"what {', '.join(unknowable)} does to memory is not reckoned here",
-                per_gpu=None,
-                kv_cache_tokens=None,
-                max_context=None,
-                max_concurrency=None,
-            )
+            return _unknown(one, f"what {', '.join(unknowable)} does to memory is not reckoned here")
         if lessens and one.verdict is Verdict.NO:
-            return dataclasses.replace(
-                one,
-                verdict=Verdict.UNKNOWN,
-                reason=f"without {', '.join(lessens)} it would not: {one.reason}",
-            )
+            return _unknown(one, f"without {', '.join(lessens)} it would not: {one.reason}")
         return one
 
     return careful
+
+
+def _unknown(one: Candidate, reason: str) -> Candidate:
+    return dataclasses.replace(
+        one,
+        verdict=Verdict.UNKNOWN,
+        reason=reason,
+        per_gpu=None,
+        kv_cache_tokens=None,
+        max_context=None,
+        max_concurrency=None,
+        decode_tokens_per_s=None,
+        prefill_tokens_per_s=None,
+        usd_per_million_tokens=None,
+    )
 
 
 def _with_context(spec: ServeSpec, facts: ModelFacts, unknowable: Sequence[str]) -> ModelFacts:

@@ -12,6 +12,7 @@ from gpuctl import configs
 from gpuctl.configs import Found, find
 from gpuctl.errors import GpuctlError
 from gpuctl.fitting import facts_of
+from gpuctl.safetensors import parts_of
 from gpuctl.specs.model import ModelRef
 from hubs import COMMIT, Hub, Repo, answering, safetensors_of
 
@@ -170,7 +171,7 @@ def test_weights_of_pytorch_are_known_by_their_size(hub: Hub) -> None:
     assert find("acme/old").weight_bytes == 700
 
 
-def test_an_image_model_is_known_by_its_parts(hub: Hub) -> None:
+def test_an_image_model_is_known_by_its_parts(hub: Hub, tmp_path: Path) -> None:
     hub.repos["acme/image"] = Repo(
         files={
             "model_index.json": b"{}",
@@ -182,6 +183,14 @@ def test_an_image_model_is_known_by_its_parts(hub: Hub) -> None:
     )
     found = find("acme/image")
     assert (found.config, found.weight_bytes, found.pipeline) == ({}, 230, "text-to-image")
+    for name, content in hub.repos["acme/image"].files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    found = find(str(tmp_path))
+    assert (found.config, found.weight_bytes, found.pipeline) == ({}, 230, "text-to-image")
+    assert parts_of(["a.safetensors", "vae/x.fp16.safetensors", "vae/readme.md"]) == [
+        "vae/x.fp16.safetensors"
+    ]
 
 
 def test_a_mirror_without_an_api(hub: Hub) -> None:

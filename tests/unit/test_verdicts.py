@@ -211,6 +211,7 @@ def test_arguments_that_tell_on_memory_are_read(args: list[str], verdict: str) -
     made = plan(gpu="T4", force=True, engine_args=args)
     assert any(text.startswith("--force: ") for text in made.warnings) == (verdict == "no")
     assert any("is not known" in text for text in made.warnings) == (verdict == "unknown")
+    assert rendered(made, "MAX_MODEL_LEN") is None
 
 
 def test_a_smaller_share_holds_less() -> None:
