@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _MOST_OUTSTANDING = 1000  # inputs of one map that the client sends ahead of their outputs
 _MOST_OUTPUTS, _MOST_OUTPUT_BYTES = 1000, 8 << 20  # in one answer
-_GATHER_SECONDS = 0.02  # outputs of a map that come in quick succession are answered together
+_GATHER_SECONDS = 0.05  # outputs of a map that come in quick succession are answered together
 _STREAM_SECONDS = 55.0
 _PRUNE_SECONDS = 60.0
 _LIVE = (api_pb2.APP_STATE_DEPLOYED, api_pb2.APP_STATE_EPHEMERAL, api_pb2.APP_STATE_DETACHED)
@@ -238,9 +238,8 @@ class Calls:
                 if ranged:
                     outputs = self._ledger.outputs_of(row, request.start_idx, request.end_idx)
                 else:
-                    early = row.answered_at + _GATHER_SECONDS - loop.time()
-                    if early > 0 and row.unfinished:
-                        await asyncio.sleep(early)
+                    while row.unfinished and (early := row.answered_at + _GATHER_SECONDS - loop.time()) > 0:
+                        await wait_on(row.news, early)
                     outputs = self._ledger.outputs_after(row, after, limit)
                 left = deadline - loop.time()
                 if outputs or left <= 0 or (ranged and not row.unfinished):
@@ -358,9 +357,18 @@ class Calls:
     # ---- what containers say
 
     @rpc("FunctionGetInputs")
-    async def get_inputs(self, request: Any, call: Call) -> Any:
+    def get_inputs(self, request: Any, call: Call) -> Any:
         pool, worker = self._worker(call)
-        items = await pool.take(worker, max(request.batch_max_size, 1), request.batch_linger_ms / 1000)
+        if request.batch_max_size <= 1 and (item := pool.take_one(worker)):
+            return self._given([item])
+        return self._get_inputs(pool, worker, request)
+
+    async def _get_inputs(self, pool: Pool, worker: Worker, request: Any) -> Any:
+        return self._given(
+            await pool.take(worker, max(request.batch_max_size, 1), request.batch_linger_ms / 1000)
+        )
+
+    def _given(self, items: list[Input] | None) -> Any:
         response = api_pb2.FunctionGetInputsResponse()
         if items is None:
             response.inputs.add(kill_switch=True)
@@ -377,7 +385,7 @@ class Calls:
         return response
 
     @rpc("FunctionPutOutputs")
-    async def put_outputs(self, request: Any, call: Call) -> Any:
+    def put_outputs(self, request: Any, call: Call) -> Any:
         pool, worker = self._worker(call)
         for output in request.outputs:
             pool.output(worker, output)

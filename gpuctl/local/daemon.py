@@ -310,7 +310,7 @@ class ControlPlane:
 
         from gpuctl.local.containers import ContainerRuntime
         from gpuctl.local.http2 import Server
-        from gpuctl.local.service import build
+        from gpuctl.local.service import routes
         from gpuctl.local.wire import collect
 
         listener = self._listener(port)
@@ -328,13 +328,13 @@ class ControlPlane:
         self._runtime.sweep()
 
         endpoints = self.endpoints()
-        services = [
-            build(ModalClientBase, endpoints, self._authenticate),
-            build(TaskCommandRouterBase, collect(self._router), self._authenticate_router),
-        ]
+        served = {
+            **routes(ModalClientBase, endpoints, self._authenticate),
+            **routes(TaskCommandRouterBase, collect(self._router), self._authenticate_router),
+        }
         path = str(folder / "plane.sock")
         for place in ({"sock": listener}, {"path": path}):
-            server = Server(services)
+            server = Server(served)
             await server.start(**place)
             self._listeners.append(server)
         self._tasks.attach(self._runtime, path)

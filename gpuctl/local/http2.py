@@ -1,23 +1,22 @@
-"""gRPC over HTTP/2 (RFC 9113), as far as the modal client speaks it, with little overhead. Imports headers, grpclib.
+"""gRPC over HTTP/2 (RFC 9113), as far as the modal client speaks it, with little overhead. Imports headers, service.
 
 grpclib's server takes 0.3 ms of CPU for a call, most of it in h2's state machine; each input of a `.map` is two calls
-of its container alone. This one takes a fifth. It serves the handlers of grpclib's generated services: they get a
-stream with `metadata`, `recv_message` and `send_message`, and raise GRPCError. Left out: compression, server push,
-priorities, deadlines (a client whose deadline has passed resets its stream, which cancels the handler).
+of its container alone. This one takes a quarter. A call is one message; its answer is one or a stream of them. Left
+out: streams of requests, compression, server push, priorities, deadlines (a client whose deadline has passed resets
+its stream, which cancels the handler).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import inspect
 import struct
 import urllib.parse
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.message import Message
 from grpclib import GRPCError, Status
-from grpclib.const import Cardinality
 
 from gpuctl.local.headers import HeaderError, HeaderReader
 
@@ -25,14 +24,21 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping
 
-log = logging.getLogger(__name__)
+    from gpuctl.local.service import Route
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS = 0, 1, 2, 3, 4
 _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 6, 7, 8, 9
 _END_STREAM, _ACK, _END_HEADERS, _PADDED, _PRIORITIZED = 1, 1, 4, 8, 32
 _SET_STREAMS, _SET_WINDOW, _SET_FRAME = 3, 4, 5
-_PROTOCOL_ERROR, _FLOW_CONTROL_ERROR, _FRAME_SIZE_ERROR, _COMPRESSION_ERROR, _CALM = 1, 3, 6, 9, 11
+_PROTOCOL_ERROR, _FLOW_CONTROL_ERROR, _FRAME_SIZE_ERROR, _CANCEL, _COMPRESSION_ERROR, _CALM = (
+    1,
+    3,
+    6,
+    8,
+    9,
+    11,
+)
 
 _FRAME = 16384  # bytes that one frame may carry; neither side asks for more
 _WINDOW = (
@@ -72,150 +78,147 @@ _GOOD_END = _header("grpc-status", "0")
 _SETTINGS_PAYLOAD = struct.pack(">HIHI", _SET_STREAMS, _MOST_STREAMS, _SET_WINDOW, _WINDOW)
 
 
-class Stream:
-    """One call, as its handler sees it."""
+class _Stream:
+    """One call."""
 
     __slots__ = (
         "_begun",
         "_connection",
-        "_ended",
-        "_handler",
-        "_messages",
-        "_received",
+        "_metadata",
+        "_out",
+        "_request",
+        "_route",
         "_unacknowledged",
-        "_waiting",
+        "ended",
         "id",
-        "metadata",
-        "out",
         "task",
         "window",
     )
 
     def __init__(
-        self, connection: _Connection, stream_id: int, handler: Any, metadata: dict[str, str]
+        self, connection: _Connection, stream_id: int, route: Route, metadata: dict[str, str]
     ) -> None:
         self.id = stream_id
-        self.metadata = metadata
         self.window = connection.first_window
+        self.ended = False  # the client sends no more
         self.task: asyncio.Task[None] | None = None
-        self.out: list[bytes] = []
         self._connection = connection
-        self._handler = handler
-        self._received = b""  # of a message that is not whole
-        self._messages: deque[bytes] = deque()
-        self._ended = False  # the client sends no more
-        self._waiting: asyncio.Future[None] | None = None
+        self._route = route
+        self._metadata = metadata
+        self._request = b""
+        self._out: list[bytes] = []
         self._begun = False  # headers have been sent
         self._unacknowledged = 0
 
-    # ---- for the handler
-
-    async def recv_message(self) -> Any:
-        """The next message; None after the last."""
-        while not self._messages:
-            if self._ended:
-                return None
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
-        return self._handler.request_type.FromString(self._messages.popleft())
-
-    async def send_message(self, message: Any) -> None:
-        """Send one; of a call with a single answer it goes out together with the end."""
-        data = message.SerializeToString()
-        if not self._begun:
-            self._begun = True
-            self.out.append(_frame(_HEADERS, _END_HEADERS, self.id, _BEGIN))
-        data = struct.pack(">BI", 0, len(data)) + data
-        connection = self._connection
-        if len(data) <= _FRAME and len(data) <= min(self.window, connection.window):
-            self.window -= len(data)
-            connection.window -= len(data)
-            self.out.append(_frame(_DATA, 0, self.id, data))
-        else:
-            await self._send_slowly(data)
-        if self._handler.cardinality in _STREAMED:
-            self.flush()
-            await connection.drain()
-
-    async def _send_slowly(self, data: bytes) -> None:
-        """In frames, as the client makes room."""
-        connection, at = self._connection, 0
-        while at < len(data):
-            size = min(_FRAME, self.window, connection.window, len(data) - at)
-            if size <= 0:
-                self.flush()
-                await connection.room()
-                continue
-            self.window -= size
-            connection.window -= size
-            self.out.append(_frame(_DATA, 0, self.id, data[at : at + size]))
-            at += size
-            if len(self.out) > 16:
-                self.flush()
-                await connection.drain()
-
-    # ---- for the connection
-
-    def flush(self) -> None:
-        if self.out:
-            self._connection.write(b"".join(self.out))
-            self.out.clear()
+    # ---- the request
 
     def receive(self, data: bytes) -> bool:
-        """Take in what came; False for what is no gRPC message."""
-        data = self._received + data if self._received else data
-        at = 0
-        while len(data) - at >= 5:
-            compressed, length = struct.unpack_from(">BI", data, at)
-            if compressed or length > _MOST_MESSAGE:
-                return False
-            if len(data) - at - 5 < length:
-                break
-            self._messages.append(data[at + 5 : at + 5 + length])
-            at += 5 + length
-        self._received = data[at:]
-        self._wake()
-        return True
-
-    def end(self) -> None:
-        """The client sends no more."""
-        self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        """Take in what came; False for more than a message may be."""
+        self._request = self._request + data if self._request else data
+        return len(self._request) <= _MOST_MESSAGE
 
     def acknowledge(self, size: int) -> bytes:
         """What lets the client send on."""
         self._unacknowledged += size
-        if self._ended or self._unacknowledged < _WINDOW // 4:
+        if self.ended or self._unacknowledged < _WINDOW // 4:
             return b""
         update = _frame(_WINDOW_UPDATE, 0, self.id, struct.pack(">I", self._unacknowledged))
         self._unacknowledged = 0
         return update
 
-    async def run(self) -> None:
-        """Call the handler, and end the stream as it ended."""
-        status, message = Status.OK, ""
+    def answer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The request is here: answer it, at once where the handler does."""
+        self.ended = True
+        data, self._request = self._request, b""
+        answer: Any
         try:
-            await self._handler.func(self)
-        except GRPCError as error:
-            status, message = error.status, error.message or ""
+            if len(data) < 5 or data[0] or int.from_bytes(data[1:5], "big") != len(data) - 5:
+                raise GRPCError(Status.UNIMPLEMENTED, "not one uncompressed message")
+            answer = self._route.begin(self._metadata, data[5:])
+            if isinstance(answer, Message):
+                message = answer.SerializeToString()
+                if len(message) < min(_FRAME, self.window, self._connection.window) - 5:
+                    self._put(message)
+                    self._finish(None)
+                    return
+        except Exception as error:
+            self._finish(error)
+            return
+        self.task = loop.create_task(self._run(answer))
+
+    # ---- the answer
+
+    async def _run(self, answer: Any) -> None:
+        """Send what the handler answers, and end the stream as it ended."""
+        try:
+            if inspect.isasyncgen(answer):
+                stream: Any = answer
+                async with contextlib.aclosing(stream):
+                    async for message in stream:
+                        await self._send(message.SerializeToString())
+                        self._flush()
+                        await self._connection.drain()
+            elif isinstance(answer, Message):  # a large one
+                await self._send(answer.SerializeToString())
+            else:
+                await self._send((await answer).SerializeToString())
         except asyncio.CancelledError:
             if self._connection.streams.pop(self.id, None) is not None:
-                self._connection.write(_frame(_RST_STREAM, 0, self.id, struct.pack(">I", 8)))
+                self._connection.write(_frame(_RST_STREAM, 0, self.id, struct.pack(">I", _CANCEL)))
             raise
-        except Exception:
-            log.exception("a handler failed")
-            status, message = Status.UNKNOWN, "the handler failed"
+        except Exception as error:
+            self._finish(error)
+        else:
+            self._finish(None)
+
+    async def _send(self, message: bytes) -> None:
+        """In frames, as the client makes room."""
+        connection, at = self._connection, 0
+        if len(message) < min(_FRAME, self.window, connection.window) - 5:
+            self._put(message)
+            return
+        self._head()
+        data = struct.pack(">BI", 0, len(message)) + message
+        while at < len(data):
+            size = min(_FRAME, self.window, connection.window, len(data) - at)
+            if size <= 0:
+                self._flush()
+                await connection.room()
+                continue
+            self.window -= size
+            connection.window -= size
+            self._out.append(_frame(_DATA, 0, self.id, data[at : at + size]))
+            at += size
+            if len(self._out) > 16:
+                self._flush()
+                await connection.drain()
+
+    def _put(self, message: bytes) -> None:
+        """The same for one that fits."""
+        self._head()
+        size = len(message) + 5
+        self.window -= size
+        self._connection.window -= size
+        self._out.append(_frame(_DATA, 0, self.id, struct.pack(">BI", 0, len(message)) + message))
+
+    def _head(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._out.append(_frame(_HEADERS, _END_HEADERS, self.id, _BEGIN))
+
+    def _finish(self, error: Exception | None) -> None:
+        status, text = Status.OK, ""
+        if error is not None and not isinstance(error, ConnectionError):
+            refusal = self._route.refusal(error)
+            status, text = refusal.status, refusal.message or ""
         if self._connection.streams.pop(self.id, None) is not None:
-            self.out.append(_end(self.id, self._begun, status, message))
-            self.flush()
+            self._out.append(_end(self.id, self._begun, status, text))
+            self._flush()
 
-
-_STREAMED = (Cardinality.UNARY_STREAM, Cardinality.STREAM_STREAM)  # many answers
-_STREAMING = (Cardinality.STREAM_UNARY, Cardinality.STREAM_STREAM)  # many requests
+    def _flush(self) -> None:
+        if self._out:
+            self._connection.write(b"".join(self._out))
+            self._out.clear()
 
 
 def _end(stream_id: int, begun: bool, status: Status, message: str) -> bytes:
@@ -246,7 +249,7 @@ class _Connection(asyncio.Protocol):
         self._drained: list[asyncio.Future[None]] = []
         self._room: list[asyncio.Future[None]] = []
         self._last_id = 0
-        self.streams: dict[int, Stream] = {}
+        self.streams: dict[int, _Stream] = {}
         self.window = _DEFAULT_WINDOW
         self.first_window = _DEFAULT_WINDOW
 
@@ -346,19 +349,17 @@ class _Connection(asyncio.Protocol):
         stream = self.streams.get(stream_id)
         if stream is not None:  # trailers, which gRPC clients do not send
             if flags & _END_STREAM:
-                self._end(stream)
+                self._answer(stream)
             return
         if stream_id <= self._last_id or not stream_id & 1:
             raise _ConnectionError(_PROTOCOL_ERROR)
         self._last_id = stream_id
-        handler = self._server.handlers.get(metadata.get(":path", ""))
-        if handler is None:
+        route = self._server.routes.get(metadata.get(":path", ""))
+        if route is None:
             self.write(_end(stream_id, False, Status.UNIMPLEMENTED, "no such method"))
             return
-        stream = self.streams[stream_id] = Stream(self, stream_id, handler, metadata)
+        stream = self.streams[stream_id] = _Stream(self, stream_id, route, metadata)
         if flags & _END_STREAM:
-            self._end(stream)
-        elif handler.cardinality in _STREAMING:
             self._answer(stream)
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
@@ -374,22 +375,18 @@ class _Connection(asyncio.Protocol):
                 del self.streams[stream_id]
                 if stream.task is not None:
                     stream.task.cancel()
-                self.write(_end(stream_id, False, Status.UNIMPLEMENTED, "compressed, or too large a message"))
+                self.write(_end(stream_id, False, Status.UNIMPLEMENTED, "too large a message"))
             elif flags & _END_STREAM:
-                self._end(stream)
+                self._answer(stream)
             else:
                 acknowledge += stream.acknowledge(size)
         if acknowledge:
             self.write(acknowledge)
 
-    def _end(self, stream: Stream) -> None:
-        """All that the client has to say is here: answer."""
-        stream.end()
-        self._answer(stream)
-
-    def _answer(self, stream: Stream) -> None:
-        if stream.task is None:
-            stream.task = self._server.loop.create_task(stream.run())
+    def _answer(self, stream: _Stream) -> None:
+        """All that the client has to say is here."""
+        if not stream.ended:
+            stream.answer(self._server.loop)
 
     def _on_window(self, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:
@@ -467,12 +464,10 @@ def _unpadded(flags: int, payload: bytes) -> bytes:
 
 
 class Server:
-    """Serves services that grpclib's plugin generated, on one or more places."""
+    """Serves routes, by their paths."""
 
-    def __init__(self, services: list[Any]) -> None:
-        self.handlers: Mapping[str, Any] = {
-            path: handler for service in services for path, handler in service.__mapping__().items()
-        }
+    def __init__(self, routes: Mapping[str, Route]) -> None:
+        self.routes = routes
         self.connections: set[_Connection] = set()
         self.loop: asyncio.AbstractEventLoop
         self._server: asyncio.Server

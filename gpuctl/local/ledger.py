@@ -26,8 +26,9 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     num INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, key TEXT NOT NULL, app_id TEXT NOT NULL,
     function_id TEXT NOT NULL, kind INTEGER NOT NULL, invocation INTEGER NOT NULL, parent_input_id TEXT NOT NULL,
-    created_at REAL NOT NULL, cleared_at REAL NOT NULL
+    created_at REAL NOT NULL, cleared_at REAL NOT NULL, settled INTEGER NOT NULL
 ) STRICT;
+CREATE INDEX IF NOT EXISTS calls_unsettled ON calls (num) WHERE settled = 0;
 CREATE UNIQUE INDEX IF NOT EXISTS calls_by_key ON calls (key) WHERE key <> '';
 CREATE INDEX IF NOT EXISTS calls_by_parent ON calls (parent_input_id) WHERE parent_input_id <> '';
 CREATE TABLE IF NOT EXISTS inputs (
@@ -35,14 +36,13 @@ CREATE TABLE IF NOT EXISTS inputs (
     not_before REAL NOT NULL, seq INTEGER, status INTEGER NOT NULL, task_id TEXT NOT NULL, output BLOB,
     PRIMARY KEY (call, idx)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS inputs_by_seq ON inputs (call, seq) WHERE seq IS NOT NULL;
-CREATE INDEX IF NOT EXISTS inputs_unfinished ON inputs (call, idx) WHERE seq IS NULL;
 CREATE TABLE IF NOT EXISTS chunks (
     call INTEGER NOT NULL, idx INTEGER NOT NULL, chunk BLOB NOT NULL, PRIMARY KEY (call, idx)
 ) STRICT, WITHOUT ROWID;
 """
 
-_BATCH_SECONDS = 0.002  # outputs are written in batches: at most so late
+_BATCH_SECONDS = 0.001  # what comes in so short a time is written together,
+_BUSY_SECONDS = 0.01  # and in so long a time where it comes all the time
 _FULL_SECONDS = 1.0  # how long to wait before writing again when the disk is full
 _KEEP_SECONDS = 7 * 86400.0  # results, as in the cloud
 _KEEP_CLEARED_SECONDS = 600.0  # those that the caller has; its acknowledgement may have got lost
@@ -62,15 +62,19 @@ class CallRow:
     parent_input_id: str
     created_at: float
     total: int = 0  # inputs
-    finished: int = 0  # inputs with an output that is written
     seq: int = 0  # of the last output that was given out, written or not
+    order: list[int] = field(
+        default_factory=list
+    )  # the indexes of the outputs that are written, by `seq` from 1
+    settled: bool = False  # as it is written: every input has its output
     news: list[asyncio.Future[None]] = field(default_factory=list)  # those who wait for an output
     chunk_news: list[asyncio.Future[None]] = field(default_factory=list)
     answered_at: float = 0.0  # when outputs were last fetched, by the loop's clock
 
     @property
     def unfinished(self) -> int:
-        return self.total - self.finished
+        """Inputs without an output that is written."""
+        return self.total - len(self.order)
 
 
 @dataclass(slots=True)
@@ -112,7 +116,6 @@ def parse_input_id(text: str) -> tuple[str, int]:
 class Output:
     """One output as it is kept: `data` is a serialised FunctionGetOutputsItem."""
 
-    idx: int
     seq: int
     data: bytes
 
@@ -128,6 +131,7 @@ class Ledger:
         self._chunks: list[tuple[int, int, bytes, CallRow]] = []
         self._cleared: list[tuple[float, int]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._flushed_at = 0.0  # by the loop's clock
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -156,7 +160,7 @@ class Ledger:
         with self._transaction():
             cursor = self._db.execute(
                 "INSERT INTO calls (id, key, app_id, function_id, kind, invocation, parent_input_id, created_at, "
-                "cleared_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)",
+                "cleared_at, settled) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, 0)",
                 [
                     call.id,
                     key,
@@ -183,7 +187,10 @@ class Ledger:
         )
         known = {int(row[0]) for row in rows}
         with self._transaction():
+            if call.settled:
+                self._db.execute("UPDATE calls SET settled = 0 WHERE num = ?", [call.num])
             self._insert(call, [item for item in items if item[0] not in known] if known else items)
+        call.settled = False
         new = set(numbers) - known
         call.total += len(new)
         return new
@@ -205,9 +212,10 @@ class Ledger:
 
     def _load(self, row: Any) -> CallRow:
         self.flush()
-        total, finished, seq = self._db.execute(
-            "SELECT count(*), count(seq), coalesce(max(seq), 0) FROM inputs WHERE call = ?", [row["num"]]
-        ).fetchone()
+        (total,) = self._db.execute("SELECT count(*) FROM inputs WHERE call = ?", [row["num"]]).fetchone()
+        order = self._db.execute(
+            "SELECT idx FROM inputs WHERE call = ? AND seq IS NOT NULL ORDER BY seq", [row["num"]]
+        ).fetchall()
         call = CallRow(
             num=row["num"],
             id=row["id"],
@@ -218,8 +226,9 @@ class Ledger:
             parent_input_id=row["parent_input_id"],
             created_at=row["created_at"],
             total=total,
-            finished=finished,
-            seq=seq,
+            seq=len(order),
+            order=[entry[0] for entry in order],
+            settled=bool(row["settled"]),
         )
         self._calls[call.id] = call
         return call
@@ -232,7 +241,7 @@ class Ledger:
     def unfinished_calls(self) -> list[CallRow]:
         """The calls that have inputs without an output, oldest first."""
         rows = self._db.execute(
-            "SELECT * FROM calls WHERE num IN (SELECT DISTINCT call FROM inputs WHERE seq IS NULL) ORDER BY num"
+            "SELECT * FROM calls WHERE settled = 0 AND num IN (SELECT call FROM inputs WHERE seq IS NULL) ORDER BY num"
         ).fetchall()
         return [self._calls.get(row["id"]) or self._load(row) for row in rows]
 
@@ -284,10 +293,13 @@ class Ledger:
 
     def _soon(self) -> None:
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_BATCH_SECONDS, self._flush_later)
+            loop = asyncio.get_running_loop()
+            wait = max(_BATCH_SECONDS, self._flushed_at + _BUSY_SECONDS - loop.time())
+            self._timer = loop.call_later(wait, self._flush_later)
 
     def _flush_later(self) -> None:
         self._timer = None
+        self._flushed_at = asyncio.get_running_loop().time()
         try:
             self.flush()
         except sqlite3.Error as error:
@@ -299,6 +311,7 @@ class Ledger:
         if not (self._outputs or self._attempts or self._chunks or self._cleared):
             return
         outputs, attempts, chunks = self._outputs, self._attempts, self._chunks
+        settled: list[CallRow] = []
         with self._transaction():
             # Chunks first: an output says how many of them there are.
             if chunks:
@@ -314,11 +327,20 @@ class Ledger:
                     "WHERE call = ? AND idx = ? AND seq IS NULL",
                     [o[:6] for o in outputs],
                 )
+                done: dict[int, list[CallRow]] = {}
+                for output in outputs:
+                    done.setdefault(output[4], []).append(output[6])
+                settled = [calls[0] for calls in done.values() if calls[0].unfinished == len(calls)]
+                self._db.executemany(
+                    "UPDATE calls SET settled = 1 WHERE num = ?", [[call.num] for call in settled]
+                )
             if self._cleared:
                 self._db.executemany("UPDATE calls SET cleared_at = ? WHERE num = ?", self._cleared)
         self._outputs, self._attempts, self._chunks, self._cleared = [], [], [], []
+        for call in settled:
+            call.settled = True
         for entry in outputs:
-            entry[6].finished += 1
+            entry[6].order.append(entry[5])
         for call in {id(entry[6]): entry[6] for entry in outputs}.values():
             wake(call.news)
         for call in {id(entry[3]): entry[3] for entry in chunks}.values():
@@ -326,20 +348,23 @@ class Ledger:
 
     def outputs_after(self, call: CallRow, seq: int, limit: int) -> list[Output]:
         """Outputs in the order in which they came."""
+        indexes = call.order[seq : seq + limit]
+        if not indexes:
+            return []
+        marks = ",".join("?" * len(indexes))
         rows = self._db.execute(
-            "SELECT idx, seq, output FROM inputs WHERE call = ? AND seq > ? ORDER BY seq LIMIT ?",
-            [call.num, seq, limit],
+            f"SELECT seq, output FROM inputs WHERE call = ? AND idx IN ({marks})",  # noqa: S608
+            [call.num, *indexes],
         )
-        return [Output(row[0], row[1], row[2]) for row in rows]
+        return [Output(row[0], row[1]) for row in sorted(rows, key=lambda row: row[0])]
 
     def outputs_of(self, call: CallRow, first: int, last: int) -> list[Output]:
         """The outputs of the inputs `first` to `last`, both included, as far as they are there."""
         rows = self._db.execute(
-            "SELECT idx, seq, output FROM inputs WHERE call = ? AND idx BETWEEN ? AND ? AND seq IS NOT NULL "
-            "ORDER BY idx",
+            "SELECT seq, output FROM inputs WHERE call = ? AND idx BETWEEN ? AND ? AND seq IS NOT NULL ORDER BY idx",
             [call.num, first, last],
         )
-        return [Output(row[0], row[1], row[2]) for row in rows]
+        return [Output(row[0], row[1]) for row in rows]
 
     def statuses(self, call: CallRow) -> list[tuple[int, int, str]]:
         """(index, status or 0, task id) of every input."""
@@ -371,10 +396,9 @@ class Ledger:
     def prune(self, now: float) -> None:
         """Forget the calls that nobody can want any more, and drop from memory those that nobody uses."""
         self.flush()
-        old = "num IN (SELECT num FROM calls WHERE created_at < ? OR (cleared_at > 0 AND cleared_at < ?))"
-        unfinished = "num IN (SELECT call FROM inputs WHERE seq IS NULL)"
         rows = self._db.execute(
-            f"SELECT num FROM calls WHERE {old} AND NOT {unfinished} LIMIT 5000",  # noqa: S608
+            "SELECT num FROM calls WHERE created_at < ? OR (settled = 1 AND cleared_at > 0 AND cleared_at < ?) "
+            "LIMIT 5000",
             [now - _KEEP_SECONDS, now - _KEEP_CLEARED_SECONDS],
         ).fetchall()
         with self._transaction():

@@ -241,6 +241,17 @@ class Pool:
             if asks is not None and not asks.done():
                 asks.set_result(None)
 
+    def take_one(self, worker: Worker) -> Input | None:
+        """The next input for a container that was there before, if it need not wait for it."""
+        if not worker.ready_at or self._outdated(worker) or (self.settings and self.settings.single_use):
+            return None
+        while self.pending:
+            item = self.pending.popleft()
+            if not item.done:
+                self._claim(worker, item)
+                return item
+        return None
+
     async def take(self, worker: Worker, size: int, linger: float) -> list[Input] | None:
         """The next inputs for a container that asks, at most `size`; None when it is to end.
 

@@ -1,19 +1,19 @@
-"""The gRPC services, made from the generated base classes: known RPCs to their handlers, the others refused by name.
-
-Imports grpclib, wire.
-"""
+"""The gRPC services as routes: known RPCs to their handlers, the others refused by name. Imports grpclib, wire."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+import errno
 import logging
+import sqlite3
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpclib import GRPCError, Status
 
-from gpuctl.local.wire import Call, Endpoint, unimplemented
+from gpuctl.local.wire import Call, unimplemented
+
+if TYPE_CHECKING:
+    from gpuctl.local.wire import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -25,35 +25,55 @@ def rpc_names(base: type) -> list[str]:
     return sorted(getattr(base, "__abstractmethods__", ()))
 
 
-def build(base: type, endpoints: Mapping[str, Endpoint], authenticate: Authenticate) -> Any:
-    """An instance of `base` in which every RPC is authenticated, then served or refused."""
-    methods = {name: _method(name, endpoints.get(name), authenticate) for name in rpc_names(base)}
-    return type(base.__name__.removesuffix("Base"), (base,), methods)()
+class Route:
+    """One RPC: it authenticates each call, then hands it to the handler or refuses it."""
+
+    def __init__(
+        self, name: str, endpoint: Endpoint | None, request_type: Any, authenticate: Authenticate
+    ) -> None:
+        self.name = name
+        self._handler = endpoint.handler if endpoint else None
+        self._parse = request_type.FromString
+        self._authenticate = authenticate
+
+    def begin(self, metadata: Mapping[str, Any], request: bytes) -> Any:
+        """The answer; or an awaitable of it; or, for an RPC that streams, an async generator of answers."""
+        call = self._authenticate(metadata)
+        if self._handler is None:
+            log.info("refused: %s is not implemented", self.name)
+            raise unimplemented(f"{self.name} is not implemented by the local control plane")
+        return self._handler(self._parse(request), call)
+
+    def refusal(self, error: Exception) -> GRPCError:
+        """What the client is told of an exception."""
+        if isinstance(error, GRPCError):
+            return error
+        if is_disk_full(error):
+            # The client's own word for it, and where it can wait, as in a .map, it waits and tries again.
+            log.warning("%s: the disk is full", self.name)
+            return GRPCError(
+                Status.RESOURCE_EXHAUSTED,
+                f"{self.name}: no space is left on this machine's disk for the local control plane's state; "
+                "nothing was changed",
+            )
+        # A bug of ours: the log gets the traceback, the client what it needs to go on.
+        log.error("%s failed", self.name, exc_info=error)
+        return GRPCError(Status.INTERNAL, f"{self.name} failed in the local control plane: {error!r}")
 
 
-def _method(name: str, endpoint: Endpoint | None, authenticate: Authenticate) -> Callable[..., Any]:
-    async def method(_self: Any, stream: Any) -> None:
-        call = authenticate(stream.metadata)
-        if endpoint is None:
-            log.info("refused: %s is not implemented", name)
-            raise unimplemented(f"{name} is not implemented by the local control plane")
-        request = await stream.recv_message()
-        log.debug("%s", name)
-        try:
-            answer = endpoint.handler(request, call)
-            if inspect.isasyncgen(answer):
-                async for message in answer:
-                    await stream.send_message(message)
-            else:
-                await stream.send_message(await answer)
-        except (GRPCError, asyncio.CancelledError, ConnectionError):
-            raise
-        except Exception as error:
-            # A bug of ours, or a full disk: the log gets the traceback, the client what it needs to go on.
-            log.exception("%s failed", name)
-            raise GRPCError(
-                Status.INTERNAL, f"{name} failed in the local control plane: {error!r}"
-            ) from error
+def is_disk_full(error: Exception) -> bool:
+    """Whether that is what the exception says."""
+    if isinstance(error, sqlite3.OperationalError):
+        return "full" in str(error) or "disk I/O error" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
-    method.__name__ = name
-    return method
+
+def routes(base: type, endpoints: Mapping[str, Endpoint], authenticate: Authenticate) -> dict[str, Route]:
+    """Every RPC of a generated service base class, by its path."""
+    names = dict.fromkeys(rpc_names(base))
+    mapping = type(base.__name__, (base,), names)().__mapping__()  # paths and types are only in there
+    found = {}
+    for path, handler in mapping.items():
+        name = path.rpartition("/")[2]
+        found[path] = Route(name, endpoints.get(name), handler.request_type, authenticate)
+    return found

@@ -1,7 +1,8 @@
 """What every handler shares: the `rpc` mark, who is calling, and Modal's errors. Imports grpclib.
 
 A handler is a method `async def f(self, request, call)`, or an async generator for a streaming RPC, marked with the
-name of its RPC. `service` collects the marks; nothing else knows which RPCs exist.
+name of its RPC. One that is called for each input of a `.map` may be a plain function, and answer at once. `service`
+collects the marks; nothing else knows which RPCs exist.
 """
 
 from __future__ import annotations

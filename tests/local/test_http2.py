@@ -15,7 +15,7 @@ from modal_proto import api_grpc, api_pb2
 
 from gpuctl.local.headers import HeaderError, HeaderReader
 from gpuctl.local.http2 import Server
-from gpuctl.local.service import build
+from gpuctl.local.service import routes
 from gpuctl.local.wire import Call, Endpoint, invalid
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def serve(tmp_path: Path, use: Callable[[str], Awaitable[None]]) -> None:
 
     async def main() -> None:
         endpoints = {name: Endpoint(name, "", handler) for name, handler in ENDPOINTS.items()}
-        server = Server([build(api_grpc.ModalClientBase, endpoints, lambda _: Call("", ""))])
+        server = Server(routes(api_grpc.ModalClientBase, endpoints, lambda _: Call("", "")))
         path = str(tmp_path / "socket")
         await server.start(path=path)
         await asyncio.wait_for(use(path), 60)
