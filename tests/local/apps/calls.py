@@ -141,3 +141,9 @@ def errors():
 def leaves_work():
     """Ends while a call is under way."""
     print("call", sleeps.spawn(os.environ["T_MARK"], 3).object_id)
+
+
+@app.function(retries=3, max_containers=4)
+def survivor(x):
+    time.sleep(0.005)
+    return x, os.environ["MODAL_TASK_ID"]
