@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from gpuctl.repos import Described
 
-NOTHING = "nothing"  # the source of what is not known
 _LONGEST_CONFIG = 4 * 2**20  # bytes; the longest one seen has 60 kB
 
 
@@ -69,11 +68,17 @@ def of_ref(ref: ModelRef, *, online: bool = True) -> Found:
     if ref.repo is None:
         return _tiny(ref)
     known = _of_catalogue(ref)
-    if ref.alias is not None and ref.revision is None and known is not None:
+    if known is not None and _as_the_catalogue_has_it(ref) and known.config:
         return known
     if not online:
         return _of_cache(ref) or known or _nothing(ref)
     return _of_hub(ref, ref.repo, known)
+
+
+def _as_the_catalogue_has_it(ref: ModelRef) -> bool:
+    """Whether an alias was asked for as it stands there: then nobody is asked about it."""
+    entry = ref.entry
+    return ref.alias is not None and entry is not None and ref.revision == entry.revision
 
 
 def of_deployment(ref: ModelRef, commit: str | None, *, force: bool = False) -> Found:
@@ -83,10 +88,11 @@ def of_deployment(ref: ModelRef, commit: str | None, *, force: bool = False) -> 
     """
     import dataclasses
 
-    if ref.repo is None or (ref.alias is not None and ref.revision is None):
-        known = _of_catalogue(ref) if ref.repo is not None else _tiny(ref)
-        if known is not None:
-            return known
+    if ref.repo is None:
+        return _tiny(ref)
+    known = _of_catalogue(ref)
+    if known is not None and _as_the_catalogue_has_it(ref) and known.config:
+        return known
     from gpuctl.repos import GatedError
 
     try:
@@ -249,21 +255,43 @@ def _tiny(ref: ModelRef) -> Found:
 
 
 def _of_catalogue(ref: ModelRef) -> Found | None:
-    """What the catalogue knows; None where it has no config.json of this repository."""
+    """What the catalogue knows; None where it does not have this repository.
+
+    Of a model that is judged by its weights, a stated number of parameters is one; of an image model it is not, for
+    those are the parameters of one of its parts.
+    """
+
+    entry = ref.entry
     config = None if ref.repo is None else config_of(ref.repo)
-    if config is None or ref.repo is None:
+    size = None
+    if config is None and entry is not None:
+        size = entry.weights_gib if entry.kind == "image" else entry.download_gib
+    if ref.repo is None or (config is None and entry is None):
         return None
+    source = "the catalogue"
+    if config is None:
+        source += ", which has the size of its weights and no more" if size else ", which has no shapes of it"
     return Found(
         name=ref.alias or ref.title,
         repo=ref.repo,
         revision=None,
-        config=config,
+        config=config or {},
         parameters=None,
-        weight_bytes=None,
-        pipeline=_pipeline(ref),
-        source="the catalogue",
-        notes=_left_open(ref.repo, config),
+        weight_bytes=None if size is None else int(size * 2**30),
+        pipeline=None if entry is None else _PIPELINES.get(entry.kind),
+        source=source,
+        notes=_left_open(ref.repo, config) if config else (),
     )
+
+
+# What the hub would call the task of a model whose class does not tell: an embedding model can be a decoder.
+_PIPELINES = {
+    "embedding": "feature-extraction",
+    "reranker": "text-ranking",
+    "speech": "automatic-speech-recognition",
+    "image": "text-to-image",
+    "vision": "image-text-to-text",
+}
 
 
 # What a repository is called whose weights are quantised, in ways that its config.json should tell.
@@ -309,7 +337,7 @@ def _nothing(ref: ModelRef) -> Found:
         parameters=None,
         weight_bytes=None,
         pipeline=None,
-        source=NOTHING,
+        source="nothing: nobody was asked",
     )
 
 

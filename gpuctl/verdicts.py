@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpuctl import catalog
-from gpuctl.configs import NOTHING
 from gpuctl.cost import cost_of
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.fit.values import GIB, Ask, Verdict
@@ -304,9 +303,7 @@ def _nothing_to_choose(case: _Case, assessment: Assessment) -> GpuctlError:
         return usage_error(
             f"--gpu auto: cannot choose for {case.facts.name}: {unknown.reason}",
             hint=(
-                f"`gpuctl fit {case.facts.name}` asks the hub about it; or "
-                if case.facts.source == NOTHING
-                else ""
+                f"`gpuctl fit {case.facts.name}` asks the hub about it; or " if not case.found.config else ""
             )
             + "name the GPU, as in --gpu H100",
         )

@@ -62,7 +62,7 @@ def _row(one: Candidate, *, unicode: bool) -> tuple[str, ...]:
     return (
         named(one),
         str(one.verdict),
-        bar(per_gpu, _CELLS, unicode=unicode),
+        bar(one, _CELLS, unicode=unicode),
         *([_MISSING] * 4 if per_gpu is None else [_gib(size) for size in _parts(per_gpu)]),
         _count(one.kv_cache_tokens),
         _count(one.max_context),
@@ -79,7 +79,7 @@ def _paragraph(one: Candidate, *, width: int, unicode: bool) -> Iterator[str]:
     yield f"{named(one)}  {one.verdict}{price}"
     per_gpu = one.per_gpu
     if per_gpu is not None:
-        yield "  " + bar(per_gpu, max(min(_CELLS, width - 4), 4), unicode=unicode)
+        yield "  " + bar(one, max(min(_CELLS, width - 4), 4), unicode=unicode)
         weights, kv, activation, reserve = map(_gib, _parts(per_gpu))
         yield from _wrapped(
             f"{weights} weights + {kv} KV + {activation} activations and graphs + {reserve} reserve GiB",
@@ -113,20 +113,19 @@ def named(one: Candidate) -> str:
     return one.gpu if one.count == 1 else f"{one.gpu}:{one.count}"
 
 
-def bar(per_gpu: PerGpu | None, cells: int, *, unicode: bool) -> str:
-    """The parts of one GPU's memory, to scale; what is there at all has a mark. More than there is ends in `>`."""
-    if per_gpu is None:
+def bar(one: Candidate, cells: int, *, unicode: bool) -> str:
+    """The parts of one GPU's memory, to scale; what is there at all has a mark. What overflows it ends in `>`."""
+    if one.per_gpu is None:
         return ""
     marks = _MARKS if unicode else _PLAIN
-    sizes = [max(size, 0) for size in _parts(per_gpu)]
+    sizes = [max(size, 0) for size in _parts(one.per_gpu)]
     whole = sum(sizes)
     if whole <= 0:
         return ""
-    if per_gpu.kv_cache <= 0:
-        return (marks[0] * cells)[:-1] + ">" if sizes[0] >= sum(sizes[1:]) else (marks[2] * cells)[:-1] + ">"
     counts = [max(1, round(cells * size / whole)) if size else 0 for size in sizes]
     counts[counts.index(max(counts))] += cells - sum(counts)
-    return "".join(mark * count for mark, count in zip(marks, counts, strict=True))
+    text = "".join(mark * count for mark, count in zip(marks, counts, strict=True))
+    return text[:-1] + ">" if one.verdict == "no" and one.per_gpu.kv_cache <= 0 else text
 
 
 def _parts(per_gpu: PerGpu) -> tuple[int, int, int, int]:

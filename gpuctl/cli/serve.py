@@ -199,7 +199,7 @@ def serve(
     Without --local it is deployed to Modal; with it, the same file to the control plane of this machine.
     """
     from gpuctl.cli.console import Console
-    from gpuctl.configs import NOTHING, of_deployment, of_ref
+    from gpuctl.configs import of_deployment, of_ref
     from gpuctl.plan import plan_serve
     from gpuctl.specs.serve import ServeSpec
 
@@ -258,7 +258,7 @@ def serve(
         raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
 
     # What cannot fit is refused before anybody is asked anything, where nobody need be asked to know.
-    if known.source != NOTHING and (spec.model.alias or spec.model.pinned):
+    if known.config and (spec.model.alias or spec.model.pinned):
         plan_serve(spec, known, argv=argv, rates=_rates(spec.target))
 
     from gpuctl.deploy import check_tools, execute

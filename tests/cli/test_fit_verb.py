@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -335,3 +336,37 @@ def test_every_option_changes_the_answer(config: str, capsys: pytest.CaptureFixt
 
 def test_every_type_of_cache_that_is_taken_is_known() -> None:
     assert set(KV_DTYPES) <= set(formats())
+
+
+def test_an_alias_of_which_nothing_is_known_is_unknown_offline(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    document = asked(capsys, "flux", "--gpu", "T4")
+    assert document["candidates"][0]["verdict"] == "unknown"
+    assert "HF_HUB_OFFLINE" in document["model"]["notes"][0]
+
+
+def test_an_encoder_is_judged_by_its_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    document = asked(capsys, "bge-m3", "--gpu", "T4")
+    assert document["model"]["kind"] == "embedding"
+    assert document["candidates"][0]["verdict"] == "fits"
+    assert main(["fit", "bge-m3", "--gpu", "T4"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("T4 ")]
+    assert ">" not in row
+    assert "█" in row
+
+
+def test_an_alias_asks_nobody(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a network call")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert main(["fit", "llama3"]) == 0
+    out, err = capsys.readouterr()
+    assert "from the catalogue" in out
+    assert err == ""

@@ -319,14 +319,27 @@ def test_neither_alias_nor_repository() -> None:
 
 
 def test_the_catalogue_answers_for_its_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "config_of", lambda repo: CONFIG if repo == "Qwen/Qwen3-8B" else None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     found = find("qwen3")
-    assert (found.config, found.source, found.notes) == (CONFIG, "the catalogue", ())
+    assert (found.config["hidden_size"], found.source, found.notes) == (4096, "the catalogue", ())
     by_repo = find("Qwen/Qwen3-8B")
-    assert by_repo.config == CONFIG
+    assert by_repo.config == found.config
     assert "does not answer" in by_repo.notes[0]
     assert "going on from the catalogue" in by_repo.notes[0]
+
+
+def test_where_the_catalogue_has_only_a_size_the_hub_is_asked(hub: Hub) -> None:
+    """`bge-m3` is judged by its weights, of which the catalogue knows how many parameters they are."""
+    hub.repos["BAAI/bge-m3"] = Repo(files={"config.json": json.dumps(CONFIG).encode()})
+    assert find("bge-m3").config == CONFIG
+    hub.repos.clear()
+    hub.status = 503
+    assert find("bge-m3").config == CONFIG  # as kept
+    other = find("bge-large-en")
+    assert other.config == {}
+    assert other.weight_bytes == pytest.approx(0.335e9 * 2, rel=0.01)
+    assert facts_of(other).kind == "embedding"
+    assert "going on from the catalogue" in other.notes[0]
 
 
 # -- what is about to be deployed
@@ -340,7 +353,7 @@ def test_a_deployment_goes_on_where_nothing_can_be_learnt(hub: Hub, monkeypatch:
     ]
     hub.repos["acme/gated"] = Repo(files={"config.json": b"{}"}, gated=True)
     kept_out = configs.of_deployment(ModelRef.parse("acme/gated"), COMMIT)
-    assert (kept_out.config, kept_out.source) == ({}, configs.NOTHING)
+    assert (kept_out.config, kept_out.weight_bytes) == ({}, None)
     assert "acme/gated is gated" in kept_out.notes[0]
     hub.status = 503
     assert "answered 503" in configs.of_deployment(ModelRef.parse("acme/other"), COMMIT).notes[0]
