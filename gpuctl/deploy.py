@@ -195,7 +195,8 @@ def _source_file(plan: Plan, environment: str) -> Iterator[Path]:
     folder = state_dir() / "apps" / plan.spec.target.value / environment / plan.spec.name
     file = folder / FILE_NAME
     before = file.read_text(encoding="utf-8") if file.exists() else None
-    write_private(file, plan.source)
+    if plan.source != before:
+        write_private(file, plan.source)
     try:
         yield file
     except GpuctlError as error:
