@@ -22,6 +22,7 @@ from gpuctl.local.wire import Call, conflict, empty, not_found, rpc, unimplement
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
+    from gpuctl.local.builders import Build
     from gpuctl.local.capacity import Capacity
     from gpuctl.local.functions import Functions
     from gpuctl.local.logs import Logs
@@ -161,6 +162,11 @@ class Calls:
         if pool is None or worker is None:
             raise conflict("Only a function's container can say this.")
         return pool, worker
+
+    def _build(self, call: Call) -> Build | None:
+        """What the container that speaks builds, if it is for that."""
+        task = self._tasks.live.get(call.task_id)
+        return task.build if task else None
 
     def _task_stopped(self, task: Task) -> None:
         pool = self._pools.get(task.function_id)
@@ -358,6 +364,8 @@ class Calls:
 
     @rpc("FunctionGetInputs")
     def get_inputs(self, request: Any, call: Call) -> Any:
+        if build := self._build(call):
+            return build.inputs()
         pool, worker = self._worker(call)
         if request.batch_max_size <= 1 and (item := pool.take_one(worker)):
             return self._given([item])
@@ -386,6 +394,9 @@ class Calls:
 
     @rpc("FunctionPutOutputs")
     def put_outputs(self, request: Any, call: Call) -> Any:
+        if build := self._build(call):
+            build.put(request.outputs)
+            return empty()
         pool, worker = self._worker(call)
         for output in request.outputs:
             pool.output(worker, output)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from gpuctl.errors import GpuctlError
 from gpuctl.local import sandbox
 from gpuctl.local.egress import EgressProxy
-from gpuctl.local.images import CLIENT_PATH, IMAGE_PATH, BuiltImage
+from gpuctl.local.images import CLIENT_PATH, IMAGE_PATH, BuiltImage, place_in, tops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +70,9 @@ class ContainerSpec:
     arguments: bytes
     server_socket: Path
     gpus: tuple[int, ...] = ()  # the numbers of its cards
+    build_root: Path | None = (
+        None  # for the build of an image: its tree is written to, and this is the root folder
+    )
 
 
 class Container:
@@ -277,14 +280,18 @@ class ContainerRuntime:
             self._on_log(task_id, fd, pending.decode(errors="replace") + "\n")
 
     def _filesystem(self, spec: ContainerSpec, folder: Path, sockets: Path) -> sandbox.Filesystem:
-        filesystem = sandbox.Filesystem(hide=self._hide, gpus=spec.gpus)
+        filesystem = sandbox.Filesystem(hide=self._hide, gpus=spec.gpus, root=spec.build_root)
+        building = spec.build_root is not None
+        home = spec.image.tree / "home" if building else folder / "root"
         filesystem.bind(folder / "tmp", "/tmp", read_only=False)
-        filesystem.bind(folder / "root", "/root", read_only=False)
+        filesystem.bind(home, "/root", read_only=False)
         for interpreter in sandbox.interpreter_folders(spec.image.base_python):
             filesystem.show(interpreter)
-        filesystem.bind(spec.image.tree, IMAGE_PATH, read_only=True)
+        filesystem.bind(spec.image.tree, IMAGE_PATH, read_only=not building)
         filesystem.bind(spec.image.client, CLIENT_PATH, read_only=True)
-        places = self._place_files(spec, folder)
+        places = self._place_build_files(spec, folder) if building else self._place_files(spec, folder)
+        for path, source in [] if building else spec.image.large.items():
+            filesystem.bind(source, path, read_only=True)
         for source, target in places:
             filesystem.bind(source, target, read_only=False)  # the container's own copies
         for volume in spec.volumes:
@@ -304,12 +311,19 @@ class ContainerRuntime:
         Returns (path on this machine, path in the container) of what has to be bound: a folder where the host has
         nothing there, else file by file.
         """
+        large = set(spec.image.large.values())
         if (home := spec.image.tree / "home").is_dir():
-            shutil.copytree(home, folder / "root", symlinks=True, dirs_exist_ok=True)
+            shutil.copytree(
+                home,
+                folder / "root",
+                symlinks=True,
+                dirs_exist_ok=True,
+                ignore=lambda at, names: [name for name in names if Path(at, name) in large],
+            )
         outside: dict[str, Path] = {}
         files = [
             *((f.host, f.path) for f in spec.files),
-            *((host, path) for path, host in spec.image.files.items()),
+            *((host, path) for path, host in spec.image.files.items() if host not in large),
         ]
         for host, path in files:
             inside = os.path.normpath("/" + path).lstrip("/")
@@ -323,6 +337,16 @@ class ContainerRuntime:
                     top = os.path.dirname(top)
                 outside[top] = folder / "files" / top.lstrip("/")
         return [(source, target) for target, source in outside.items()]
+
+    def _place_build_files(self, spec: ContainerSpec, folder: Path) -> list[tuple[Path, str]]:
+        """The same for the build of an image: in its own tree, whose places are bound as they are."""
+        files = spec.image.tree / "files"
+        for file in spec.files:
+            place = place_in(spec.image.tree, file.path) or folder / os.path.normpath(file.path).lstrip("/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.host, place)
+            shutil.copymode(file.host, place)
+        return tops(files)
 
     def _environment(self, spec: ContainerSpec) -> dict[str, str]:
         venv = f"{IMAGE_PATH}/venv"

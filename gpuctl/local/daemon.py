@@ -174,6 +174,7 @@ class ControlPlane:
         from gpuctl.local.apps import Apps
         from gpuctl.local.billing import Billing
         from gpuctl.local.blobs import Blobs
+        from gpuctl.local.builders import Builders
         from gpuctl.local.calls import Calls
         from gpuctl.local.capacity import Capacity
         from gpuctl.local.command_router import CommandRouter, RouterAccess
@@ -237,6 +238,7 @@ class ControlPlane:
             self._logs,
             gpus,
         )
+        self._images.attach(Builders(self._functions, self._tasks))
         self._servers.attach(self._functions, self._tasks)
         self._calls = Calls(store, Ledger(store), self._functions, self._tasks, self._logs, Capacity())
         self._apps = Apps(

@@ -11,7 +11,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 def join_continuations(commands: Iterable[str]) -> list[str]:
@@ -31,12 +31,89 @@ def join_continuations(commands: Iterable[str]) -> list[str]:
     return joined
 
 
-def parse_env(text: str) -> dict[str, str]:
-    """`ENV A=1 B="two"` and the older `ENV A 1`."""
-    words = shlex.split(text)
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::([-+])([^}]*))?\}|(\w+))")
+
+
+def expand(text: str, variables: Mapping[str, str]) -> list[str]:
+    """The words of a Dockerfile line, with $NAME, ${NAME}, ${NAME:-else} and ${NAME:+then} as Docker reads them.
+
+    In single quotes, and after a backslash, a dollar is a dollar.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[4]
+        found = variables.get(name, "")
+        if match[2] == "-":
+            return found or match[3]
+        return (match[3] if found else "") if match[2] == "+" else found
+
+    out: list[str] = []
+    word: str | None = None
+    quote = ""
+    at = 0
+    while at < len(text):
+        letter = text[at]
+        if letter == "\\" and quote != "'" and at + 1 < len(text):
+            word, at = (word or "") + text[at + 1], at + 2
+            continue
+        if letter in "\"'" and quote in ("", letter):
+            quote, word = ("" if quote else letter), word or ""
+        elif letter == "$" and quote != "'" and (match := _VARIABLE.match(text, at)):
+            word, at = (word or "") + value(match), match.end()
+            continue
+        elif letter.isspace() and not quote:
+            if word is not None:
+                out.append(word)
+            word = None
+        else:
+            word = (word or "") + letter
+        at += 1
+    return [*out, word] if word is not None else out
+
+
+def parse_env(text: str, variables: Mapping[str, str]) -> dict[str, str]:
+    """`ENV A=1 B="two $A"` and the older `ENV A 1`; all values are made of the `variables` before the line."""
+    words = expand(text, variables)
     if words and "=" not in words[0]:
         return {words[0]: " ".join(words[1:])}
     return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def without_system_packages(command: str) -> tuple[str, list[str]] | None:
+    """(what is left of a chain of commands, the system packages that it wanted); None where it wants none."""
+    parts = re.split(r"\s*(?:&&|;)\s*", command)
+    left: list[str] = []
+    packages: list[str] = []
+    found = False
+    for part in parts:
+        words_ = words(part)
+        while words_ and (words_[0] in ("sudo", "env") or re.fullmatch(r"[A-Z_]+=\S*", words_[0])):
+            words_ = words_[1:]
+        if words_ and words_[0] in ("apt", "apt-get", "apt-key", "add-apt-repository"):
+            found = True
+            packages += system_packages(words_)
+        elif not (found and "/var/lib/apt/lists" in part):
+            left.append(part)
+    if not found or any(part.count("'") % 2 or part.count('"') % 2 for part in parts):
+        return None
+    return " && ".join(left), packages
+
+
+def micromamba_packages(words: list[str]) -> list[str] | None:
+    """What `micromamba install` or `create` wants; None for another command."""
+    if words[:1] not in (["micromamba"], ["conda"], ["mamba"]) or words[1:2] not in (["install"], ["create"]):
+        return None
+    wanted, skip = [], False
+    for word in words[2:]:
+        if skip:
+            skip = False
+        elif word in ("-n", "--name", "-c", "--channel", "-f", "--file", "-p", "--prefix"):
+            skip = True
+            if word in ("-f", "--file"):
+                wanted.append("those of a file")
+        elif not word.startswith("-"):
+            wanted.append(word)
+    return wanted
 
 
 def words(command: str) -> list[str] | None:
@@ -96,7 +173,3 @@ def system_packages(words: list[str]) -> list[str]:
     if words[:1] not in (["apt"], ["apt-get"]) or "install" not in words:
         return []
     return [word for word in words[words.index("install") + 1 :] if not word.startswith("-")]
-
-
-def is_package_index_update(words: list[str]) -> bool:
-    return words[:1] in (["apt"], ["apt-get"]) and words[1:2] in (["update"], ["clean"])

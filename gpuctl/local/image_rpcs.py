@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
-from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore
+from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore, Log
 from gpuctl.local.wire import IMAGE_BUILDER_VERSION, Call, not_found, rpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
+    from gpuctl.local.builders import Builders
     from gpuctl.local.mounts import Mounts
     from gpuctl.local.secrets import Secrets
 
@@ -60,6 +61,11 @@ class Images:
         self._mounts = mounts
         self._secrets = secrets
         self._builds: dict[str, _Build] = {}
+        self._builders: Builders | None = None
+
+    def attach(self, builders: Builders) -> None:
+        """Give it what runs functions to build images."""
+        self._builders = builders
 
     def built(self, image_id: str) -> BuiltImage:
         """Raises NOT_FOUND when it was never built, or its files are gone."""
@@ -86,7 +92,9 @@ class Images:
             build = self._builds[image_id] = _Build()
             python = self._mounts.python_version(mount_id) if mount_id else ""
             build.task = asyncio.create_task(
-                self._run(build, image_id, definition, context, environment, python)
+                self._run(
+                    build, image_id, definition, context, environment, python, request.build_function_id
+                )
             )
         return api_pb2.ImageGetOrCreateResponse(image_id=image_id)
 
@@ -98,7 +106,12 @@ class Images:
         context: Mapping[str, Path],
         environment: Mapping[str, str],
         python: str,
+        function_id: str,
     ) -> None:
+        async def run_function(base: BuiltImage, root: Path, log: Log) -> None:
+            assert self._builders is not None
+            await self._builders.run(function_id, definition.build_function, base, root, log)
+
         try:
             image = await self._images.build(
                 image_id,
@@ -107,6 +120,7 @@ class Images:
                 secret_env=environment,
                 log=build.log,
                 python_hint=python,
+                run_function=run_function if function_id else None,
             )
         except ImageBuildError as error:
             build.result = api_pb2.GenericResult(status=_FAILURE, exception=str(error))

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,12 @@ from gpuctl.local import dockerfile, sandbox
 IMAGE_PATH = "/__image"
 CLIENT_PATH = "/__client"
 
+LARGE = 64 << 20  # bytes; a file of this size or more is not copied for each container, and read-only in it
+
 Log = Callable[[str], None]
+
+
+RunFunction = Callable[["BuiltImage", Path, Log], Awaitable[None]]  # with the root folder of its container
 
 
 class ImageBuildError(Exception):
@@ -77,6 +82,47 @@ class BuiltImage:
         """What COPY and shell commands put outside the virtual environment."""
         root = self.tree / "files"
         return {"/" + str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
+
+    @property
+    def large(self) -> dict[str, Path]:
+        """Those, and what was left in /root, that are too large to be copied for every container: by their path."""
+        found = {path: place for path, place in self.files.items() if _is_large(place)}
+        home = self.tree / "home"
+        for place in home.rglob("*"):
+            if _is_large(place):
+                found[f"/root/{place.relative_to(home)}"] = place
+        return found
+
+
+def _is_large(place: Path) -> bool:
+    return not place.is_symlink() and place.is_file() and place.stat().st_size >= LARGE
+
+
+def place_in(tree: Path, path: str) -> Path | None:
+    """Where in an image's tree the container's `path` is kept; None for /tmp, which is not."""
+    inside = os.path.normpath("/" + path).lstrip("/")
+    if inside.startswith("tmp/"):
+        return None
+    if inside.startswith("root/"):
+        return tree / "home" / inside.removeprefix("root/")
+    return tree / "files" / inside
+
+
+def tops(files: Path) -> list[tuple[Path, str]]:
+    """(place on this machine, path in the container) of what an image has outside /root: each folder that this machine
+    lacks, as a whole, and each file in one that it has.
+    """
+    found: list[tuple[Path, str]] = []
+    waiting = [files]
+    while waiting:
+        for place in sorted(waiting.pop().iterdir()):
+            path = "/" + str(place.relative_to(files))
+            shared = place.is_dir() and not place.is_symlink() and Path(path).is_dir()
+            if shared and (path == "/tmp" or not path.startswith("/tmp/")):
+                waiting.append(place)
+            else:
+                found.append((place, path))
+    return found
 
 
 @dataclass
@@ -122,7 +168,7 @@ class ImageStore:
     def get(self, image_id: str) -> BuiltImage | None:
         """The image, where it is built."""
         layer = self._read(image_id)
-        return self._built(layer) if layer else None
+        return self.built(layer) if layer else None
 
     async def build(
         self,
@@ -133,6 +179,7 @@ class ImageStore:
         secret_env: Mapping[str, str],
         log: Log,
         python_hint: str = "",
+        run_function: RunFunction | None = None,
     ) -> BuiltImage:
         """Build `image`, or wait for the build of it that is under way.
 
@@ -142,7 +189,7 @@ class ImageStore:
         task = self._building.get(image_id)
         if task is None:
             task = asyncio.create_task(
-                self._build(image_id, image, context_files, secret_env, log, python_hint)
+                self._build(image_id, image, context_files, secret_env, log, python_hint, run_function)
             )
             self._building[image_id] = task
             task.add_done_callback(lambda _: self._building.pop(image_id, None))
@@ -156,6 +203,7 @@ class ImageStore:
         secret_env: Mapping[str, str],
         log: Log,
         python_hint: str,
+        run_function: RunFunction | None,
     ) -> BuiltImage:
         async with _locked(self._images / f"{image_id}.lock"):
             if (layer := self._read(image_id)) is None:
@@ -164,13 +212,21 @@ class ImageStore:
                 folder.mkdir(mode=0o700)
                 try:
                     layer = await _LayerBuild(
-                        self, image_id, folder, image, context_files, secret_env, log, python_hint
+                        self,
+                        image_id,
+                        folder,
+                        image,
+                        context_files,
+                        secret_env,
+                        log,
+                        python_hint,
+                        run_function,
                     ).run()
                 except OSError as error:
                     raise ImageBuildError(f"{error.strerror or error}: {error.filename or folder}") from error
                 _write_json(folder / "image.json", asdict(layer))
-        await self._ensure_client(layer, log)
-        return self._built(layer)
+        await self.ensure_client(layer, log)
+        return self.built(layer)
 
     def _read(self, image_id: str) -> _Layer | None:
         if not re.fullmatch(r"im-[0-9A-Za-z]{22}", image_id):
@@ -193,7 +249,7 @@ class ImageStore:
             )
         return layer
 
-    def _built(self, layer: _Layer) -> BuiltImage:
+    def built(self, layer: _Layer) -> BuiltImage:
         return BuiltImage(
             id=layer.id,
             tree=Path(layer.tree),
@@ -210,7 +266,20 @@ class ImageStore:
         python = ".".join(layer.python_version.split(".")[:2])
         return self._clients / f"{python}-{importlib.metadata.version('modal')}-compiled"
 
-    async def _ensure_client(self, layer: _Layer, log: Log) -> None:
+    async def install_uv(self, log: Log) -> str:
+        """A uv of our own, where the machine has none; it reads the lock files that only it can read."""
+        folder = self._clients / "uv"
+        async with _locked(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                making = folder.with_suffix(".making")
+                await asyncio.to_thread(shutil.rmtree, making, True)
+                log("Installing uv (once)\n")
+                install = ["install", "--quiet", "--target", str(making), "uv"]
+                await _run([*_pip(sys.executable, sys.executable), *install], log=log)
+                making.rename(folder)
+        return str(folder / "bin" / "uv")
+
+    async def ensure_client(self, layer: _Layer, log: Log) -> None:
         """Install the modal client for containers, once per Python version.
 
         As in the cloud, it is not part of the image: its own code comes first on the path, its dependencies last,
@@ -246,9 +315,10 @@ class ImageStore:
             making.rename(folder)
 
 
+_PATH = f"{IMAGE_PATH}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _READ_ONLY_HINT = (
-    ": here a build can write to /root, /tmp, the Python environment and what add_local_… copied; "
-    "the rest is this machine's own system, read-only"
+    ": here a build can write to /root, /tmp, the Python environment, what add_local_… copied and new folders at "
+    "the top; the rest is this machine's own system, read-only"
 )
 _FORMAT = 1  # of the trees; raise it when old ones can no longer be used
 
@@ -266,7 +336,10 @@ class _LayerBuild:
         secret_env: Mapping[str, str],
         log: Log,
         python_hint: str,
+        run_function: RunFunction | None,
     ) -> None:
+        self._store = store
+        self._run_function = run_function
         self._hide = store.hide
         self._folder = folder
         self._image = image
@@ -283,17 +356,17 @@ class _LayerBuild:
         parent = store.parent(image)
         self._layer = _Layer(**{**asdict(parent), "id": image_id}) if parent else _Layer(id=image_id)
         self._own_tree = False
+        self._arguments: dict[str, str] = {}  # of ARG
+        self._shell_argv: tuple[str, ...] = ("/bin/sh", "-c")
         self._official_python = False
 
     async def run(self) -> _Layer:
-        if self._image.build_function.ByteSize():
-            raise ImageBuildError(
-                "Image.run_function is not there yet in the local control plane: use run_commands"
-            )
         for command in dockerfile.join_continuations(self._image.dockerfile_commands):
             await self._apply(command)
         if not self._layer.tree:
             await self._new_environment(self._python_hint)
+        if self._image.HasField("build_function"):
+            await self._function()
         shutil.rmtree(self._folder / "context", ignore_errors=True)
         return self._layer
 
@@ -301,25 +374,25 @@ class _LayerBuild:
         word, _, rest = command.strip().partition(" ")
         rest = rest.strip()
         match word.upper():
-            case (
-                ""
-                | "CMD"
-                | "SHELL"
-                | "LABEL"
-                | "EXPOSE"
-                | "MAINTAINER"
-                | "STOPSIGNAL"
-                | "HEALTHCHECK"
-                | "ARG"
-                | "USER"
-            ):
+            case "" | "CMD" | "LABEL" | "EXPOSE" | "MAINTAINER" | "STOPSIGNAL" | "HEALTHCHECK" | "USER":
                 pass  # no meaning for how a Function's container runs here
+            case "ARG":
+                for argument in dockerfile.expand(rest, self._variables):
+                    name, _, default = argument.partition("=")
+                    self._arguments[name] = self._image.build_args.get(name, default)
+            case "SHELL":
+                shell = json.loads(rest)
+                if shutil.which(shell[0]):
+                    self._shell_argv = tuple(shell)
+                else:
+                    self._warn(f"SHELL {rest} is not applied here: {shell[0]} is not on this machine")
             case "FROM":
-                await self._from(rest)
+                await self._from(dockerfile.expand(rest, self._arguments)[0])
             case "ENV":
-                self._layer.env |= dockerfile.parse_env(rest)
+                self._layer.env |= dockerfile.parse_env(rest, self._variables)
             case "WORKDIR":
-                self._layer.workdir = os.path.join(self._layer.workdir or "/", shlex.split(rest)[0])
+                folder = " ".join(dockerfile.expand(rest, self._variables))
+                self._layer.workdir = os.path.join(self._layer.workdir or "/", folder)
             case "ENTRYPOINT":
                 self._layer.entrypoint = json.loads(rest) if rest.startswith("[") else ["/bin/sh", "-c", rest]
             case "COPY" | "ADD":
@@ -330,6 +403,11 @@ class _LayerBuild:
                 pass
             case _:
                 self._warn(f"{word} is not applied here: {command.strip()}")
+
+    @property
+    def _variables(self) -> dict[str, str]:
+        """What a Dockerfile line can refer to."""
+        return {"PATH": _PATH, "HOME": "/root", **self._arguments, **self._layer.env}
 
     async def _from(self, reference: str) -> None:
         if reference == "base":
@@ -407,8 +485,13 @@ class _LayerBuild:
         if not copied:
             self._warn(f"COPY {arguments}: nothing of that name in the build context")
 
+    def _on_disk(self, path: str) -> Path:
+        """Where in the tree a file of the image is; what is copied to /tmp is there for the commands of builds."""
+        tree = self._tree()
+        return place_in(tree, path) or tree / "files" / os.path.normpath(path).lstrip("/")
+
     def _place(self, host: Path, target: str) -> None:
-        place = self._tree() / "files" / os.path.normpath(target).lstrip("/")
+        place = self._on_disk(target)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.unlink(missing_ok=True)  # it may be a hard link to the parent's
         shutil.copyfile(host, place)
@@ -418,15 +501,20 @@ class _LayerBuild:
             await self._new_environment(self._python_hint)
         if self._official_python and "debconf-set-selections" in command:
             return
+        if (split := dockerfile.without_system_packages(command)) is not None:
+            command, absent = split
+            self._warn_of_system_packages(absent)
+            if not command:
+                return
         words = dockerfile.words(command)
         if words is None:
             await self._shell(command)
             return
-        if packages := dockerfile.system_packages(words):
-            if not self._official_python:  # what debian_slim itself installs is the machine's own business
-                self._warn(f"system packages are not installed here: {' '.join(packages)}")
+        if (wanted := dockerfile.micromamba_packages(words)) is not None:
+            await self._micromamba(wanted)
             return
-        if dockerfile.is_package_index_update(words):
+        if words[:2] == ["/.uv/uv", "sync"]:
+            await self._uv_sync(words[2:])
             return
         if words == ["ln", "-s", "/usr/local/bin/python3", "/usr/local/bin/python"]:
             return  # from the client, for add_python="3.12" and older; the environment has both names
@@ -436,6 +524,32 @@ class _LayerBuild:
             await self._install(install)
             return
         await self._shell(command)
+
+    def _warn_of_system_packages(self, packages: list[str]) -> None:
+        # What debian_slim itself installs is the machine's own business.
+        absent = [] if self._official_python else [p for p in packages if not shutil.which(p)]
+        if absent:
+            self._warn(f"system packages are not installed here: {' '.join(absent)}")
+
+    async def _micromamba(self, packages: list[str]) -> None:
+        for package in packages:
+            if match := re.fullmatch(r"python=+(\d+\.\d+).*", package):
+                await self._new_environment(match[1])
+        wanted = [p for p in packages if not re.match(r"(?:python=.*|python|pip)$", p)]
+        if wanted:
+            self._warn(f"packages of micromamba are not installed here: {' '.join(wanted)}")
+
+    async def _uv_sync(self, options: list[str]) -> None:
+        """`uv sync` of a project that COPY placed: what its lock file says, into the layer's own environment."""
+        kept = {"--no-install-workspace": "--no-emit-workspace", "--no-install-project": "--no-emit-project"}
+        skipped = ("--project", "--compile-bytecode", "--python")
+        arguments = [kept.get(o, o) for o in options if not o.startswith(skipped)]
+        project, listed = self._on_disk("/.uv"), self._folder / "uv-requirements.txt"
+        uv = shutil.which("uv") or await self._store.install_uv(self._log)
+        export = ["export", "--quiet", "--project", str(project), "--no-hashes", "--output-file", str(listed)]
+        await _run([uv, *export, *arguments], log=self._log, cwd=project)
+        await self._install(["install", "-r", str(listed)])
+        listed.unlink()
 
     async def _install(self, arguments: list[str]) -> None:
         """`pip install …` or `pip uninstall …` into the layer's environment, with this machine's own settings."""
@@ -462,41 +576,64 @@ class _LayerBuild:
 
     async def _localise(self, argument: str) -> str:
         """A requirements file that COPY placed, by its path on this machine."""
-        place = self._tree() / "files" / argument.lstrip("/")
+        place = self._on_disk(argument)
         return str(place) if argument.startswith("/") and place.is_file() else argument
 
-    async def _shell(self, command: str) -> None:
-        """A shell command in a sandbox: it may change the environment, /root and the copied files, nothing else."""
+    async def _function(self) -> None:
+        """`Image.run_function`: as a shell command, but that a container of Modal's own runtime does it."""
+        if self._run_function is None:
+            raise ImageBuildError("run_function: its function was not sent")
+        tree = await self._writable_tree()
+        root = self._folder / "root"
+        root.mkdir(exist_ok=True)
+        await self._store.ensure_client(self._layer, self._log)
+        try:
+            await self._run_function(self._store.built(self._layer), root, self._log)
+            _keep_tops(root, tree / "files")
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+
+    async def _writable_tree(self) -> Path:
+        """This layer's tree, for a program that may change it in place: the parent's must not change with it."""
         tree = self._tree()
         for name in ("home", "files"):
             (tree / name).mkdir(exist_ok=True)
-        # A command may change files in place; the parent's must not change with them.
         await asyncio.to_thread(_break_links, tree)
-        filesystem = sandbox.Filesystem(hide=self._hide)
+        return tree
+
+    async def _shell(self, command: str) -> None:
+        """A shell command in a sandbox.
+
+        It may change the environment, /root, the copied files, and make folders at the top; nothing else.
+        """
+        tree = await self._writable_tree()
+        root = self._folder / "root"
+        root.mkdir(exist_ok=True)
+        filesystem = sandbox.Filesystem(hide=self._hide, root=root)
         filesystem.bind(tree / "home", "/root", read_only=False)
         for folder in sandbox.interpreter_folders(self._layer.base_python):
             filesystem.show(folder)
         filesystem.bind(tree, IMAGE_PATH, read_only=False)
-        tops = sorted(p.name for p in (tree / "files").iterdir() if not Path("/", p.name).exists())
-        for name in tops:
-            filesystem.bind(tree / "files" / name, f"/{name}", read_only=False)
         scratch = self._folder / "scratch"
         (scratch / "tmp").mkdir(parents=True)
         filesystem.bind(scratch / "tmp", "/tmp", read_only=False)
+        for source, target in tops(tree / "files"):
+            filesystem.bind(source, target, read_only=False)
         installer = {
             k: v
             for k, v in os.environ.items()
             if k.startswith(("PIP_", "UV_")) or k.lower().endswith("_proxy")
         }
         environment = {
-            "PATH": f"{IMAGE_PATH}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": _PATH,
             "HOME": "/root",
             "LANG": "C.UTF-8",
             **installer,
+            **self._arguments,
             **self._layer.env,
             **self._secret_env,
         }
-        program = sandbox.Program(("/bin/sh", "-c", command), environment, self._layer.workdir or "/root")
+        program = sandbox.Program((*self._shell_argv, command), environment, self._layer.workdir or "/root")
         self._log(f"$ {command}\n")
         launched = await sandbox.launch(scratch, filesystem, program, merge_stderr=True)
         code, reason = -9, ""
@@ -509,9 +646,12 @@ class _LayerBuild:
                 elif word == "error":
                     reason = rest
             await launched.process.wait()
+            if code == 0:
+                _keep_tops(root, tree / "files")
         finally:
             launched.writer.close()  # whatever happened, nothing of it runs on
             shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(root, ignore_errors=True)
         if code != 0:
             hint = _READ_ONLY_HINT if os.strerror(errno.EROFS) in tail + reason else ""
             raise ImageBuildError(f"RUN {command} ended with {reason or f'exit code {code}'}{hint}")
@@ -520,6 +660,16 @@ class _LayerBuild:
         if text not in self._layer.warnings:
             self._layer.warnings.append(text)
         self._log(f"warning: {text}\n")
+
+
+def _keep_tops(root: Path, files: Path) -> None:
+    """What a program made at the top of its container, where the host has nothing, becomes the image's."""
+    for made in root.iterdir():
+        if made.name.startswith("__") or os.path.lexists(f"/{made.name}") or made.is_symlink():
+            continue
+        empty = made.is_dir() and not any(made.iterdir())  # a place that something was bound to
+        if not empty and not (files / made.name).exists():
+            shutil.move(made, files / made.name)
 
 
 def find_python(wanted: str) -> tuple[str, str]:

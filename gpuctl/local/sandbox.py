@@ -65,18 +65,20 @@ class Filesystem:
 
     `hide` are host folders that must not be visible wherever they lie (the plane's state and cache, the home).
     `gpus` are the numbers of the NVIDIA cards that are visible, as in /dev/nvidia0; None for all.
+    `root` keeps what is made at the top, beside the host's folders; without it that is in memory.
     Things are bound in any order; `mounts` puts what lies higher first, so that nothing covers anything.
     """
 
     hide: tuple[Path, ...] = ()
     gpus: tuple[int, ...] | None = None
+    root: Path | None = None
     _base: list[Mount] = field(default_factory=list)
     _placed: list[Mount] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         real = (Path(os.path.realpath(hidden)) for hidden in self.hide)
         self.hide = tuple(folder for folder in dict.fromkeys(real) if folder != Path("/"))  # HOME=/ happens
-        self._base.append(Mount("tmpfs", "/"))
+        self._base.append(Mount("bind", "/", str(self.root)) if self.root else Mount("tmpfs", "/"))
         self._base += self._children("/", skip=_HIDDEN)
         for place in ("/home", "/mnt", "/run", "/srv", "/media"):
             self._base.append(Mount("tmpfs", place))

@@ -31,6 +31,7 @@ from gpuctl.local.wire import Call, conflict, empty, invalid, not_found, rpc
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gpuctl.local.builders import Build
     from gpuctl.local.environments import Environments
     from gpuctl.local.functions import Functions
     from gpuctl.local.gpus import Card, Gpus
@@ -60,6 +61,7 @@ class Task:
     failure: str = ""  # what its own code reported as the reason of its end
     result: Any = None  # the same as an api_pb2.GenericResult
     stopping: bool = False  # its end was asked for
+    build: Build | None = None  # the image that it builds, if that is what it is for
     isolated: bool = False  # it has a network of its own
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     exit_code: int | None = None
@@ -111,7 +113,9 @@ class Tasks:
     def on_log(self, task_id: str, descriptor: int, text: str) -> None:
         """What a container prints."""
         task = self.live.get(task_id)
-        if task is not None:
+        if task is not None and task.build is not None:
+            task.build.log(text)
+        elif task is not None:
             self._logs.write(
                 task.app_id, task.function_id, task.id, STDERR if descriptor == 2 else STDOUT, text
             )
@@ -132,7 +136,13 @@ class Tasks:
         self._store.add_task(TaskRow(task.id, task.app_id, task.function_id, task.enqueued_at, 0, 0, None))
         return task
 
-    async def start(self, task: Task, deployment: Deployment) -> None:
+    async def start(
+        self,
+        task: Task,
+        deployment: Deployment,
+        *,
+        adapt: Callable[[ContainerSpec], ContainerSpec] = lambda spec: spec,
+    ) -> None:
         """Start its container. What goes wrong ends the task, with a system line that says why."""
         try:
             assert self._runtime is not None
@@ -140,7 +150,7 @@ class Tasks:
             if cards is None:
                 self._finish(task, None)
                 return
-            spec = self._spec(task, deployment, cards)
+            spec = adapt(self._spec(task, deployment, cards))
             task.isolated = task.server = spec.isolated_network
             task.container = await self._runtime.start(spec)
         except Exception as error:
@@ -235,7 +245,7 @@ class Tasks:
         )
         return ContainerSpec(
             task_id=task.id,
-            argv=(str(image.python), "-u", "-m", "modal._container_entrypoint"),
+            argv=(*image.entrypoint, str(image.python), "-u", "-m", "modal._container_entrypoint"),
             env={
                 **image.env,
                 **self._secrets.values(function.secret_ids),
