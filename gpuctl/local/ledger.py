@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS calls (
+CREATE TABLE IF NOT EXISTS function_calls (
     num INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, key TEXT NOT NULL, app_id TEXT NOT NULL,
     function_id TEXT NOT NULL, kind INTEGER NOT NULL, invocation INTEGER NOT NULL, parent_input_id TEXT NOT NULL,
     created_at REAL NOT NULL, cleared_at REAL NOT NULL, settled INTEGER NOT NULL
 ) STRICT;
-CREATE INDEX IF NOT EXISTS calls_unsettled ON calls (num) WHERE settled = 0;
-CREATE UNIQUE INDEX IF NOT EXISTS calls_by_key ON calls (key) WHERE key <> '';
-CREATE INDEX IF NOT EXISTS calls_by_parent ON calls (parent_input_id) WHERE parent_input_id <> '';
-CREATE TABLE IF NOT EXISTS inputs (
+CREATE INDEX IF NOT EXISTS function_calls_unsettled ON function_calls (num) WHERE settled = 0;
+CREATE UNIQUE INDEX IF NOT EXISTS function_calls_by_key ON function_calls (key) WHERE key <> '';
+CREATE INDEX IF NOT EXISTS function_calls_by_parent ON function_calls (parent_input_id) WHERE parent_input_id <> '';
+CREATE TABLE IF NOT EXISTS call_inputs (
     call INTEGER NOT NULL, idx INTEGER NOT NULL, input BLOB NOT NULL, attempt INTEGER NOT NULL,
     not_before REAL NOT NULL, seq INTEGER, status INTEGER NOT NULL, task_id TEXT NOT NULL, output BLOB,
     PRIMARY KEY (call, idx)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS chunks (
+CREATE TABLE IF NOT EXISTS call_chunks (
     call INTEGER NOT NULL, idx INTEGER NOT NULL, chunk BLOB NOT NULL, PRIMARY KEY (call, idx)
 ) STRICT, WITHOUT ROWID;
 """
@@ -152,15 +152,15 @@ class Ledger:
         A client that got no answer asks again with the same key.
         """
         if key:
-            row = self._db.execute("SELECT id FROM calls WHERE key = ?", [key]).fetchone()
+            row = self._db.execute("SELECT id FROM function_calls WHERE key = ?", [key]).fetchone()
             if row is not None:
                 known = self.call(str(row[0]))
                 assert known is not None
                 return known, False
         with self._transaction():
             cursor = self._db.execute(
-                "INSERT INTO calls (id, key, app_id, function_id, kind, invocation, parent_input_id, created_at, "
-                "cleared_at, settled) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, 0)",
+                "INSERT INTO function_calls (id, key, app_id, function_id, kind, invocation, parent_input_id, "
+                "created_at, cleared_at, settled) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, 0)",
                 [
                     call.id,
                     key,
@@ -182,13 +182,13 @@ class Ledger:
         """More inputs; returns the indexes of those that are new, for the client may send some twice."""
         numbers = [idx for idx, _ in items]
         rows = self._db.execute(
-            "SELECT idx FROM inputs WHERE call = ? AND idx BETWEEN ? AND ?",
+            "SELECT idx FROM call_inputs WHERE call = ? AND idx BETWEEN ? AND ?",
             [call.num, min(numbers), max(numbers)],
         )
         known = {int(row[0]) for row in rows}
         with self._transaction():
             if call.settled:
-                self._db.execute("UPDATE calls SET settled = 0 WHERE num = ?", [call.num])
+                self._db.execute("UPDATE function_calls SET settled = 0 WHERE num = ?", [call.num])
             self._insert(call, [item for item in items if item[0] not in known] if known else items)
         call.settled = False
         new = set(numbers) - known
@@ -198,7 +198,7 @@ class Ledger:
     def _insert(self, call: CallRow, items: Sequence[tuple[int, bytes]]) -> None:
         num = call.num
         self._db.executemany(
-            "INSERT INTO inputs VALUES (?, ?, ?, 0, 0, NULL, 0, '', NULL)",
+            "INSERT INTO call_inputs VALUES (?, ?, ?, 0, 0, NULL, 0, '', NULL)",
             [(num, idx, data) for idx, data in items],
         )
 
@@ -207,14 +207,16 @@ class Ledger:
         call = self._calls.get(call_id)
         if call is not None:
             return call
-        row = self._db.execute("SELECT * FROM calls WHERE id = ?", [call_id]).fetchone()
+        row = self._db.execute("SELECT * FROM function_calls WHERE id = ?", [call_id]).fetchone()
         return None if row is None else self._load(row)
 
     def _load(self, row: Any) -> CallRow:
         self.flush()
-        (total,) = self._db.execute("SELECT count(*) FROM inputs WHERE call = ?", [row["num"]]).fetchone()
+        (total,) = self._db.execute(
+            "SELECT count(*) FROM call_inputs WHERE call = ?", [row["num"]]
+        ).fetchone()
         order = self._db.execute(
-            "SELECT idx FROM inputs WHERE call = ? AND seq IS NOT NULL ORDER BY seq", [row["num"]]
+            "SELECT idx FROM call_inputs WHERE call = ? AND seq IS NOT NULL ORDER BY seq", [row["num"]]
         ).fetchall()
         call = CallRow(
             num=row["num"],
@@ -235,13 +237,16 @@ class Ledger:
 
     def children(self, parent_input_id: str) -> list[CallRow]:
         """The calls that this input made."""
-        rows = self._db.execute("SELECT * FROM calls WHERE parent_input_id = ?", [parent_input_id]).fetchall()
+        rows = self._db.execute(
+            "SELECT * FROM function_calls WHERE parent_input_id = ?", [parent_input_id]
+        ).fetchall()
         return [self._calls.get(row["id"]) or self._load(row) for row in rows]
 
     def unfinished_calls(self) -> list[CallRow]:
         """The calls that have inputs without an output, oldest first."""
         rows = self._db.execute(
-            "SELECT * FROM calls WHERE settled = 0 AND num IN (SELECT call FROM inputs WHERE seq IS NULL) ORDER BY num"
+            "SELECT * FROM function_calls WHERE settled = 0 "
+            "AND EXISTS (SELECT 1 FROM call_inputs WHERE call = num AND seq IS NULL) ORDER BY num"
         ).fetchall()
         return [self._calls.get(row["id"]) or self._load(row) for row in rows]
 
@@ -249,7 +254,7 @@ class Ledger:
         """Those of its inputs that have no output yet, as they were written, in order."""
         self.flush()
         rows = self._db.execute(
-            "SELECT idx, attempt, not_before, input FROM inputs WHERE call = ? AND seq IS NULL ORDER BY idx",
+            "SELECT idx, attempt, not_before, input FROM call_inputs WHERE call = ? AND seq IS NULL ORDER BY idx",
             [call.num],
         )
         return [Input(call, row[0], row[1], row[2], bytes(row[3]), "") for row in rows]
@@ -259,7 +264,7 @@ class Ledger:
         if item.data is not None:
             return item.data
         row = self._db.execute(
-            "SELECT input FROM inputs WHERE call = ? AND idx = ?", [item.call.num, item.idx]
+            "SELECT input FROM call_inputs WHERE call = ? AND idx = ?", [item.call.num, item.idx]
         ).fetchone()
         return b"" if row is None else bytes(row[0])
 
@@ -315,15 +320,17 @@ class Ledger:
         with self._transaction():
             # Chunks first: an output says how many of them there are.
             if chunks:
-                self._db.executemany("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", [c[:3] for c in chunks])
+                self._db.executemany(
+                    "INSERT OR IGNORE INTO call_chunks VALUES (?, ?, ?)", [c[:3] for c in chunks]
+                )
             if attempts:
                 self._db.executemany(
-                    "UPDATE inputs SET attempt = ?, not_before = ? WHERE call = ? AND idx = ? AND seq IS NULL",
+                    "UPDATE call_inputs SET attempt = ?, not_before = ? WHERE call = ? AND idx = ? AND seq IS NULL",
                     attempts,
                 )
             if outputs:
                 self._db.executemany(
-                    "UPDATE inputs SET seq = ?, status = ?, task_id = ?, output = ?, input = x'' "
+                    "UPDATE call_inputs SET seq = ?, status = ?, task_id = ?, output = ?, input = x'' "
                     "WHERE call = ? AND idx = ? AND seq IS NULL",
                     [o[:6] for o in outputs],
                 )
@@ -332,10 +339,10 @@ class Ledger:
                     done.setdefault(output[4], []).append(output[6])
                 settled = [calls[0] for calls in done.values() if calls[0].unfinished == len(calls)]
                 self._db.executemany(
-                    "UPDATE calls SET settled = 1 WHERE num = ?", [[call.num] for call in settled]
+                    "UPDATE function_calls SET settled = 1 WHERE num = ?", [[call.num] for call in settled]
                 )
             if self._cleared:
-                self._db.executemany("UPDATE calls SET cleared_at = ? WHERE num = ?", self._cleared)
+                self._db.executemany("UPDATE function_calls SET cleared_at = ? WHERE num = ?", self._cleared)
         self._outputs, self._attempts, self._chunks, self._cleared = [], [], [], []
         for call in settled:
             call.settled = True
@@ -353,7 +360,7 @@ class Ledger:
             return []
         marks = ",".join("?" * len(indexes))
         rows = self._db.execute(
-            f"SELECT seq, output FROM inputs WHERE call = ? AND idx IN ({marks})",  # noqa: S608
+            f"SELECT seq, output FROM call_inputs WHERE call = ? AND idx IN ({marks})",  # noqa: S608
             [call.num, *indexes],
         )
         return [Output(row[0], row[1]) for row in sorted(rows, key=lambda row: row[0])]
@@ -361,7 +368,8 @@ class Ledger:
     def outputs_of(self, call: CallRow, first: int, last: int) -> list[Output]:
         """The outputs of the inputs `first` to `last`, both included, as far as they are there."""
         rows = self._db.execute(
-            "SELECT seq, output FROM inputs WHERE call = ? AND idx BETWEEN ? AND ? AND seq IS NOT NULL ORDER BY idx",
+            "SELECT seq, output FROM call_inputs WHERE call = ? AND idx BETWEEN ? AND ? AND seq IS NOT NULL "
+            "ORDER BY idx",
             [call.num, first, last],
         )
         return [Output(row[0], row[1]) for row in rows]
@@ -370,14 +378,14 @@ class Ledger:
         """(index, status or 0, task id) of every input."""
         self.flush()
         rows = self._db.execute(
-            "SELECT idx, status, task_id FROM inputs WHERE call = ? ORDER BY idx LIMIT 1000", [call.num]
+            "SELECT idx, status, task_id FROM call_inputs WHERE call = ? ORDER BY idx LIMIT 1000", [call.num]
         )
         return [(row[0], row[1], row[2]) for row in rows]
 
     def chunks_after(self, call: CallRow, idx: int, limit: int) -> list[bytes]:
         """What a generator yielded after the `idx`th, in order and without a gap."""
         rows = self._db.execute(
-            "SELECT idx, chunk FROM chunks WHERE call = ? AND idx > ? ORDER BY idx LIMIT ?",
+            "SELECT idx, chunk FROM call_chunks WHERE call = ? AND idx > ? ORDER BY idx LIMIT ?",
             [call.num, idx, limit],
         )
         found = []
@@ -397,12 +405,16 @@ class Ledger:
         """Forget the calls that nobody can want any more, and drop from memory those that nobody uses."""
         self.flush()
         rows = self._db.execute(
-            "SELECT num FROM calls WHERE created_at < ? OR (settled = 1 AND cleared_at > 0 AND cleared_at < ?) "
-            "LIMIT 5000",
+            "SELECT num FROM function_calls "
+            "WHERE created_at < ? OR (settled = 1 AND cleared_at > 0 AND cleared_at < ?) LIMIT 5000",
             [now - _KEEP_SECONDS, now - _KEEP_CLEARED_SECONDS],
         ).fetchall()
         with self._transaction():
-            for table, column in (("inputs", "call"), ("chunks", "call"), ("calls", "num")):
+            for table, column in (
+                ("call_inputs", "call"),
+                ("call_chunks", "call"),
+                ("function_calls", "num"),
+            ):
                 self._db.executemany(
                     f"DELETE FROM {table} WHERE {column} = ?",  # noqa: S608
                     [(row[0],) for row in rows],

@@ -119,7 +119,7 @@ def nothing_is_left(plane: TestPlane) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     db = sqlite3.connect(plane.state_dir / "plane.db")
     assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-    assert db.execute("SELECT count(*) FROM inputs WHERE seq IS NULL").fetchone()[0] == 0
+    assert db.execute("SELECT count(*) FROM call_inputs WHERE seq IS NULL").fetchone()[0] == 0
     assert db.execute("SELECT count(*) FROM tasks WHERE finished_at = 0").fetchone()[0] == 0
     db.close()
 
