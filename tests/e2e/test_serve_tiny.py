@@ -55,6 +55,7 @@ def status_of(url: str, headers: dict[str, str]) -> int:
 def test_the_document_says_all_that_a_client_needs_and_no_secret(served: dict[str, Any], token: str) -> None:
     assert set(served) == {
         *("name", "target", "url", "base_url", "model", "gpu", "environment", "app_id", "seconds"),
+        *("max_model_len", "fit", "cost"),
     }
     assert served["target"] == "local"
     assert served["base_url"] == served["url"].rstrip("/") + "/v1"
