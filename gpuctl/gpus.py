@@ -11,12 +11,14 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import catalog
+from gpuctl.catalog.clouds import cloud_prices
 from gpuctl.errors import usage_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from gpuctl.catalog import CloudPrice, Gpu
+    from gpuctl.catalog import Gpu
+    from gpuctl.catalog.clouds import CloudPrice
     from gpuctl.prices import Price, Rates
 
 UNKNOWN = "-"
@@ -133,7 +135,7 @@ def check(sort: str | None, min_vram: str | None) -> Decimal | None:
 def offers(rates: Rates, *, sort: str | None = None, min_vram: Decimal | None = None) -> list[Offer]:
     """The cards that have so much memory each, in the order of the catalogue (from small to large) or as sorted."""
     found = [
-        Offer(gpu, rates.gpus[gpu.name], tuple(p for p in catalog.cloud_prices() if p.gpu == gpu.name))
+        Offer(gpu, rates.gpus[gpu.name], tuple(p for p in cloud_prices() if p.gpu == gpu.name))
         for gpu in catalog.gpus().values()
         if min_vram is None or gpu.vram_gib >= min_vram
     ]
@@ -149,7 +151,7 @@ def offers(rates: Rates, *, sort: str | None = None, min_vram: Decimal | None = 
 def clouds_of(found: Sequence[Offer]) -> list[str]:
     """The other clouds that lend any of them, in the order of the table."""
     lent = {price.cloud for offer in found for price in offer.elsewhere}
-    return [cloud for cloud in dict.fromkeys(p.cloud for p in catalog.cloud_prices()) if cloud in lent]
+    return [cloud for cloud in dict.fromkeys(p.cloud for p in cloud_prices()) if cloud in lent]
 
 
 def sources_said(found: Sequence[Offer], clouds: Sequence[str]) -> list[str]:

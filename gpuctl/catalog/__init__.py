@@ -64,17 +64,6 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class CloudPrice:
-    """What another cloud publishes: USD for an hour of one card."""
-
-    cloud: str
-    gpu: str
-    usd_per_hour: float
-    note: str | None
-    source: Source
-
-
-@dataclass(frozen=True)
 class OtherConfig:
     """Whose config.json stands in for a model's own: the same architecture, `without` some keys, others `changed`."""
 
@@ -182,21 +171,6 @@ def gpus() -> Mapping[str, Gpu]:
     return MappingProxyType({row["name"]: _gpu(row) for row in table("gpus")["gpu"]})
 
 
-@functools.cache
-def cloud_prices() -> tuple[CloudPrice, ...]:
-    """What other clouds publish, in the order of the table."""
-    return tuple(
-        CloudPrice(
-            cloud=row["cloud"],
-            gpu=row["gpu"],
-            usd_per_hour=row["usd_per_hour"],
-            note=row.get("note"),
-            source=Source(row["source"], row["as_of"]),
-        )
-        for row in table("clouds")["price"]
-    )
-
-
 def models() -> Mapping[str, Model]:
     """All aliases, `tiny` first, the user's own last; one that the user's file names again is the user's."""
     mine = own_models()
@@ -205,15 +179,17 @@ def models() -> Mapping[str, Model]:
 
 def named(name: str) -> Model | None:
     """The model of this alias, or of another name of it."""
-    found = models().get(name)
-    if found is not None:
-        return found
-    return next((model for model in models().values() if name in model.also), None)
+    mine = own_models().get(name)
+    if mine is not None:
+        return mine
+    row = next((row for row in _rows() if name == row["alias"] or name in row.get("also", ())), None)
+    return None if row is None else _model(row)
 
 
 def of_repo(repo: str) -> Model | None:
     """What is known of a repository."""
-    return next((model for model in builtin_models().values() if model.repo == repo), None)
+    row = next((row for row in _rows() if row["repo"] == repo), None)
+    return None if row is None else _model(row)
 
 
 def names() -> list[str]:
@@ -224,7 +200,14 @@ def names() -> list[str]:
 @functools.cache
 def builtin_models() -> Mapping[str, Model]:
     """The aliases of the table alone."""
-    return MappingProxyType({row["alias"]: _model(row) for row in table("models")["model"]})
+    return MappingProxyType({row["alias"]: _model(row) for row in _rows()})
+
+
+@functools.cache
+def _rows() -> list[dict[str, Any]]:
+    """As they are in the table: a command wants one model, and to make all of them takes longer than to read them."""
+    rows: list[dict[str, Any]] = table("models")["model"]
+    return rows
 
 
 def _model(row: Mapping[str, Any]) -> Model:

@@ -11,6 +11,7 @@ import pytest
 
 from gpuctl import catalog
 from gpuctl.catalog import tables
+from gpuctl.catalog.clouds import cloud_prices
 from gpuctl.catalog.configs import config_of
 from gpuctl.catalog.repository import is_repository
 
@@ -70,7 +71,7 @@ def test_what_the_gpus_can_do() -> None:
 
 
 def test_other_clouds() -> None:
-    prices = catalog.cloud_prices()
+    prices = cloud_prices()
     assert len({(price.cloud, price.gpu) for price in prices}) == len(prices)
     for price in prices:
         assert price.gpu in catalog.gpus()

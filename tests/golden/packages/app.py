@@ -34,6 +34,7 @@ VLLM_VERSION = "0.31.0"
 GPU = "L4"
 TENSOR_PARALLEL = 1  # the model is split over so many devices
 GPU_MEMORY_UTILIZATION = 0.92  # the share of a GPU that the engine may take
+MAX_MODEL_LEN = 58368  # tokens, question and answer together
 
 # Requests that one container takes at once: above it the engine would only queue them,
 # so Modal answers 429, and starts another container if it may.
@@ -155,6 +156,8 @@ def engine_command() -> list[str]:
         str(CONCURRENCY),
         "--gpu-memory-utilization",
         str(GPU_MEMORY_UTILIZATION),
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
     ]
 
 
