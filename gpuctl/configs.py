@@ -314,19 +314,6 @@ def _left_open(repo: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-# What the hub would call the task of a model whose class does not tell: an embedding model can be a decoder.
-_PIPELINES = {
-    "embedding": "feature-extraction",
-    "reranker": "text-ranking",
-    "speech": "automatic-speech-recognition",
-}
-
-
-def _pipeline(ref: ModelRef) -> str | None:
-    entry = ref.entry
-    return None if entry is None else _PIPELINES.get(entry.kind)
-
-
 def _nothing(ref: ModelRef) -> Found:
     """A repository of which nothing is known here, and nobody may be asked."""
     return Found(
