@@ -35,7 +35,8 @@ class Found:
     """What is known of a model, from where, and what to say about that.
 
     `config`: its config.json; empty where only the size of its weights is known; `quantization`: its
-    hf_quant_config.json, where that alone says how the weights are stored. `parameters`: elements by
+    hf_quant_config.json, where that alone says how the weights are stored; `left_open`: why that is not known,
+    where it is not. `parameters`: elements by
     safetensors dtype; `weight_bytes`: of all that an engine loads. None: not known.
     """
 
@@ -49,6 +50,12 @@ class Found:
     source: str
     notes: tuple[str, ...] = ()
     quantization: Mapping[str, Any] | None = None
+    left_open: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is no need to ask the hub for more."""
+        return bool(self.config) and self.left_open is None
 
 
 def find(text: str, *, online: bool = True) -> Found:
@@ -68,7 +75,7 @@ def of_ref(ref: ModelRef, *, online: bool = True) -> Found:
     if ref.repo is None:
         return _tiny(ref)
     known = _of_catalogue(ref)
-    if known is not None and _as_the_catalogue_has_it(ref) and known.config:
+    if known is not None and known.whole and _as_the_catalogue_has_it(ref):
         return known
     if not online:
         return _of_cache(ref) or known or _nothing(ref)
@@ -91,7 +98,7 @@ def of_deployment(ref: ModelRef, commit: str | None, *, force: bool = False) -> 
     if ref.repo is None:
         return _tiny(ref)
     known = _of_catalogue(ref)
-    if known is not None and _as_the_catalogue_has_it(ref) and known.config:
+    if known is not None and known.whole and _as_the_catalogue_has_it(ref):
         return known
     from gpuctl.repos import GatedError
 
@@ -268,6 +275,7 @@ def _of_catalogue(ref: ModelRef) -> Found | None:
         size = entry.weights_gib if entry.kind == "image" else entry.download_gib
     if ref.repo is None or (config is None and entry is None):
         return None
+    open_ = None if config is None else _left_open(ref.repo, config)
     source = "the catalogue"
     if config is None:
         source += ", which has the size of its weights and no more" if size else ", which has no shapes of it"
@@ -280,7 +288,8 @@ def _of_catalogue(ref: ModelRef) -> Found | None:
         weight_bytes=None if size is None else int(size * 2**30),
         pipeline=None if entry is None else _PIPELINES.get(entry.kind),
         source=source,
-        notes=_left_open(ref.repo, config) if config else (),
+        notes=() if open_ is None else (open_,),
+        left_open=open_,
     )
 
 
@@ -300,17 +309,17 @@ _QUANTISED = re.compile(
 )
 
 
-def _left_open(repo: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Said where a name promises what the file in the catalogue does not tell."""
+def _left_open(repo: str, config: Mapping[str, Any]) -> str | None:
+    """What a name promises and the file in the catalogue does not tell; None: nothing."""
     if not _QUANTISED.search(repo.rpartition("/")[2]):
-        return ()
+        return None
     from gpuctl.repos import says_how_stored
 
     if says_how_stored(config):
-        return ()
+        return None
     return (
-        f"{repo}: by its name the weights are quantised, but its config.json does not say how (a file of its own, "
-        f"hf_quant_config.json, may): they are reckoned as 16 bits each; `gpuctl fit {repo}` asks the hub",
+        f"{repo}: by its name the weights are quantised, but the catalogue does not say how: they are reckoned as 16 "
+        "bits each"
     )
 
 

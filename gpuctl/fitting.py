@@ -106,7 +106,7 @@ def assess_spec(spec: FitSpec) -> tuple[Found, Assessment, Rates]:
         spec.gpu,
         ask,
         concurrency=spec.concurrency,
-        judge=judge_with(spec.engine_version),
+        judge=judge_with(spec.engine_version, found),
         cards=cards(rates),
         siblings=lambda: siblings_of(found),
         drop_unfit=spec.drop_unfit,
@@ -179,13 +179,40 @@ def _kind(found: Found) -> str:
     return _PIPELINES.get(found.pipeline or "", "llm")
 
 
-def judge_with(version: str) -> Judge:
-    """The verdict, with the constants of this version of the engine."""
+def judge_with(version: str, found: Found) -> Judge:
+    """The verdict, with the constants of this version of the engine.
+
+    Weights of which it is not known how they are quantised are reckoned as 16 bits each: what fits so, fits; that what
+    does not fit so does not fit, is not known.
+    """
     from gpuctl.catalog.overheads import engine_constants
     from gpuctl.fit.verdict import judge
 
     constants = engine_constants(version)
-    return lambda facts, card, count, ask: judge(facts, card, count, ask, constants)
+
+    def judged(facts: ModelFacts, card: Card, count: int, ask: Ask) -> Candidate:
+        one = judge(facts, card, count, ask, constants)
+        if found.left_open is None or one.verdict is not Verdict.NO or one.per_gpu is None:
+            return one
+        return unknown(one, f"how its weights are stored is not known; with 16 bits each, {one.reason}")
+
+    return judged
+
+
+def unknown(one: Candidate, reason: str) -> Candidate:
+    """The same choice of GPUs, of which nothing is known; `reason` says what is missing."""
+    return dataclasses.replace(
+        one,
+        verdict=Verdict.UNKNOWN,
+        reason=reason,
+        per_gpu=None,
+        kv_cache_tokens=None,
+        max_context=None,
+        max_concurrency=None,
+        decode_tokens_per_s=None,
+        prefill_tokens_per_s=None,
+        usd_per_million_tokens=None,
+    )
 
 
 # Of a card whose visible memory nobody has published: as a share of its label, less than of any card that is known.

@@ -29,6 +29,7 @@ from gpuctl.fitting import (
     requests_of,
     siblings_of,
     spelled,
+    unknown,
     wanted,
 )
 from gpuctl.specs.engine_args import memory_args
@@ -129,7 +130,7 @@ def starts_on(spec: ServeSpec, found: Found, rates: Rates) -> Callable[[GpuChoic
 def _case(spec: ServeSpec, found: Found, rates: Rates, argv: Sequence[str]) -> _Case:
     ask, unknowable = _ask(spec)
     facts = _with_context(spec, _facts(spec, found), unknowable)
-    judge = _careful(judge_with(spec.vllm_version), unknowable, memory_args(spec.engine_args).lessens)
+    judge = _careful(judge_with(spec.vllm_version, found), unknowable, memory_args(spec.engine_args).lessens)
     return _Case(spec, facts, ask, judge, cards(rates), found, rates, tuple(argv))
 
 
@@ -298,12 +299,12 @@ def _refused(case: _Case, assessment: Assessment, kept: Sequence[GpuChoice]) -> 
 
 
 def _nothing_to_choose(case: _Case, assessment: Assessment) -> GpuctlError:
-    unknown = next((one for one in assessment.candidates if one.verdict is Verdict.UNKNOWN), None)
-    if unknown is not None:
+    open_ = next((one for one in assessment.candidates if one.verdict is Verdict.UNKNOWN), None)
+    if open_ is not None:
         return usage_error(
-            f"--gpu auto: cannot choose for {case.facts.name}: {unknown.reason}",
+            f"--gpu auto: cannot choose for {case.facts.name}: {open_.reason}",
             hint=(
-                f"`gpuctl fit {case.facts.name}` asks the hub about it; or " if not case.found.config else ""
+                f"`gpuctl fit {case.facts.name}` asks the hub about it; or " if not case.found.whole else ""
             )
             + "name the GPU, as in --gpu H100",
         )
@@ -436,27 +437,12 @@ def _careful(judge: Judge, unknowable: Sequence[str], lessens: Sequence[str]) ->
     def careful(facts: ModelFacts, card: Card, count: int, ask: Ask) -> Candidate:
         one = judge(facts, card, count, ask)
         if unknowable:
-            return _unknown(one, f"what {', '.join(unknowable)} does to memory is not reckoned here")
+            return unknown(one, f"what {', '.join(unknowable)} does to memory is not reckoned here")
         if lessens and one.verdict is Verdict.NO:
-            return _unknown(one, f"without {', '.join(lessens)} it would not: {one.reason}")
+            return unknown(one, f"without {', '.join(lessens)} it would not: {one.reason}")
         return one
 
     return careful
-
-
-def _unknown(one: Candidate, reason: str) -> Candidate:
-    return dataclasses.replace(
-        one,
-        verdict=Verdict.UNKNOWN,
-        reason=reason,
-        per_gpu=None,
-        kv_cache_tokens=None,
-        max_context=None,
-        max_concurrency=None,
-        decode_tokens_per_s=None,
-        prefill_tokens_per_s=None,
-        usd_per_million_tokens=None,
-    )
 
 
 def _with_context(spec: ServeSpec, facts: ModelFacts, unknowable: Sequence[str]) -> ModelFacts:

@@ -258,7 +258,7 @@ def serve(
         raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
 
     # What cannot fit is refused before anybody is asked anything, where nobody need be asked to know.
-    if known.config and (spec.model.alias or spec.model.pinned):
+    if known.whole and (spec.model.alias or spec.model.pinned):
         plan_serve(spec, known, argv=argv, rates=_rates(spec.target))
 
     from gpuctl.deploy import check_tools, execute

@@ -11,7 +11,9 @@ import pytest
 from gpuctl import configs
 from gpuctl.configs import Found, find
 from gpuctl.errors import GpuctlError
-from gpuctl.fitting import facts_of
+from gpuctl.fit.values import Ask
+from gpuctl.fitting import cards, facts_of, judge_with
+from gpuctl.prices import from_catalogue
 from gpuctl.safetensors import parts_of
 from gpuctl.specs.model import ModelRef
 from hubs import COMMIT, Hub, Repo, answering, safetensors_of
@@ -381,3 +383,13 @@ def test_weights_in_32_bits_are_loaded_in_16() -> None:
     assert loaded(F32=100, BF16=10) == 220
     assert loaded(F32=10, F8_E4M3=100) == 140
     assert loaded(BF16=100) == 200
+
+
+def test_weights_that_nobody_knows_how_are_stored_are_never_said_not_to_fit() -> None:
+    found = configs.of_ref(ModelRef.parse("nvidia/Llama-3.1-70B-Instruct-FP8"), online=False)
+    assert found.left_open is not None
+    assert "reckoned as 16 bits each" in found.notes[0]
+    facts, judge = facts_of(found), judge_with("0.32.0", found)
+    known = cards(from_catalogue("a test"))
+    verdicts = {name: judge(facts, known[name], 1, Ask(concurrency=1)).verdict for name in ("H100", "B200")}
+    assert verdicts == {"H100": "unknown", "B200": "fits"}
