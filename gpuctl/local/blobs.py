@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gpuctl.local.uploads import Uploads
 
 _CHUNK = 1 << 20
+_KEEP_SECONDS = 8 * 86400.0  # a day longer than the calls that name them
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -91,6 +93,14 @@ class Blobs:
         if not is_id(blob_id, "bl") or not path.exists():
             raise not_found(f"Blob '{blob_id}' not found.")
         return path.read_bytes()
+
+    def sweep(self) -> None:
+        """Remove the blobs of calls that are forgotten: arguments and results, older than any result is kept."""
+        before = time.time() - _KEEP_SECONDS
+        for path in self._blobs.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def _write(self, path: Path, data: bytes, mode: int) -> None:
         part = path.with_name(f".{secrets.token_hex(8)}")

@@ -79,6 +79,15 @@ class Calls:
             if not data.is_server and data.autoscaler_settings.min_containers:
                 self._pool(function_id)
 
+    def configure(self, function_id: str) -> None:
+        """Its settings were changed live."""
+        row = self._functions.row(function_id)
+        data = self._functions.data(self._functions.definition_of(function_id))
+        if pool := self._pools.get(function_id):
+            pool.configure()
+        elif not data.is_server and api_pb2.AutoscalerSettings.FromString(row.settings).min_containers:
+            self._pool(function_id)
+
     def resume(self) -> None:
         """After a start of the plane: run what had not been answered."""
         for call in self._ledger.unfinished_calls():

@@ -241,6 +241,7 @@ class ControlPlane:
         self._images.attach(Builders(self._functions, self._tasks))
         self._servers.attach(self._functions, self._tasks)
         self._calls = Calls(store, Ledger(store), self._functions, self._tasks, self._logs, Capacity())
+        self._servers.settings_hooks.append(self._calls.configure)
         self._apps = Apps(
             store,
             self._environments,
@@ -347,6 +348,7 @@ class ControlPlane:
         """Remove what has expired, now and then. Runs for ever."""
         while True:
             self._items.sweep()
+            await asyncio.to_thread(self._blobs.sweep)
             await self._volumes.sweep()
             await asyncio.sleep(_SWEEP_SECONDS)
 

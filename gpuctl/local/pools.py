@@ -42,6 +42,7 @@ MOST_BAD_STARTS = 3  # containers in a row that report that they cannot start, b
 MOST_SILENT_STARTS = 8  # containers in a row that die while they start, without a word
 _CANCEL_SECONDS = 5.0  # what the code of an input that timed out gets to end by itself
 _BACK_OFF_FIRST, _BACK_OFF_MOST = 0.25, 60.0
+_MOST_CRASH_STEPS = 3  # of doubling: an input that ends its containers is given up after a few anyway
 _TICK_SECONDS = 0.5
 _HEARTBEAT_SECONDS = 14.0  # the client expects an answer within 15
 
@@ -613,7 +614,7 @@ class Pool:
             if not asked and lost:
                 self._failures += 1
                 if self._failures > 1:
-                    self._back_off(self._failures - 1)
+                    self._back_off(min(self._failures - 1, _MOST_CRASH_STEPS))
         elif not asked:
             self._bad_start(worker)
 

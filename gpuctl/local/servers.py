@@ -25,6 +25,7 @@ from gpuctl.local.tasks import EXIT_HOOK_SECONDS, Task, Tasks
 from gpuctl.local.wire import Call, invalid, not_found, rpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from gpuctl.local.environments import Environments
@@ -426,6 +427,8 @@ class Servers:
         self._logs = logs
         self._tokens = tokens
         self._pools: dict[str, Pool] = {}
+        # Called with a function's id when its settings were changed: functions have pools of another kind.
+        self.settings_hooks: list[Callable[[str], None]] = []
         self._functions: Functions
         self._tasks: Tasks
 
@@ -506,7 +509,7 @@ class Servers:
     @rpc("FunctionGetSchedulingParams")
     async def settings(self, request: Any, _call: Call) -> Any:
         row = self._functions.row(request.function_id)
-        data = self._functions.data(self._functions.definition_of(row.id))
+        data = self._functions.data_of(row.id, self._functions.definition_of(row.id))
         return api_pb2.FunctionGetSchedulingParamsResponse(
             autoscaler_configuration=api_pb2.AutoscalerConfiguration(
                 settings=effective_settings(data, row.settings)
@@ -518,7 +521,7 @@ class Servers:
         row = self._functions.row(request.function_id)
         merged = api_pb2.AutoscalerSettings.FromString(row.settings)
         merged.MergeFrom(request.settings)
-        data = self._functions.data(self._functions.definition_of(row.id))
+        data = self._functions.data_of(row.id, self._functions.definition_of(row.id))
         settings = effective_settings(data, merged.SerializeToString())
         if settings.max_containers and settings.min_containers > settings.max_containers:
             raise invalid(
@@ -528,6 +531,8 @@ class Servers:
         self._store.set_function(row.id, settings=merged.SerializeToString())
         if pool := self._pools.get(row.id):
             pool.configure()
+        for hook in self.settings_hooks:
+            hook(row.id)
         return api_pb2.FunctionUpdateSchedulingParamsResponse(current_settings=settings)
 
     @rpc("FlashContainerList", differs="host and port are the server's own URL")

@@ -61,6 +61,10 @@ def test_how_many_containers_there_are(deployed: TestPlane) -> None:
     code = """
         warm = function("warm", "classes")
         assert warm.get_current_stats().num_total_runners == 1, "min_containers"
+        assert warm.update_autoscaler(min_containers=2).min_containers == 2
+        while warm.get_current_stats().num_total_runners < 2:
+            time.sleep(0.05)
+        warm.update_autoscaler(min_containers=0)
         assert len(set(function("once", "classes").map(range(3)))) == 3, "single_use_containers"
         two = function("two_at_most", "classes")
         assert len(set(two.map(range(16)))) == 2, "max_containers"
