@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import time
 import urllib.parse
 from typing import TYPE_CHECKING, Any
 
