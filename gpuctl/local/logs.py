@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import io
+import logging
+import sqlite3
 import time
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +20,8 @@ from gpuctl.local.wire import Call, not_found, rpc, timestamp, unimplemented
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
+log = logging.getLogger(__name__)
+
 STDOUT, STDERR, SYSTEM = (
     api_pb2.FILE_DESCRIPTOR_STDOUT,
     api_pb2.FILE_DESCRIPTOR_STDERR,
@@ -24,6 +29,8 @@ STDOUT, STDERR, SYSTEM = (
 )
 KEEP_SECONDS = 35 * 86400  # as far back as the client can ask
 _FLUSH_SECONDS = 0.02  # lines are written in batches: at most so late
+_STUCK_SECONDS = 1.0  # on a full disk, so long until the next try
+_MOST_PENDING = 100_000  # lines that wait for room; older ones are lost
 _PAGE = 1000
 _LOOKS = 4  # searches that are remembered
 _STATE_STOPPED = api_pb2.APP_STATE_STOPPED
@@ -38,6 +45,7 @@ class Logs:
         self._pending: list[LogRow] = []
         self._looks: dict[tuple[LogFilter, int], tuple[float, list[LogRow]]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._stuck = False
         self._news = asyncio.Event()
         store.prune_logs(time.time() - KEEP_SECONDS)
 
@@ -59,10 +67,27 @@ class Logs:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._pending:
-            rows, self._pending = self._pending, []
-            self._store.add_logs(rows)
+        self._write()
         self.wake()
+
+    def _write(self) -> None:
+        """Write what is pending. Where the disk is full it stays pending, as far as that is bearable."""
+        if not self._pending:
+            return
+        try:
+            self._store.add_logs(self._pending)
+        except sqlite3.OperationalError as error:
+            if not self._stuck:
+                log.error("logs cannot be written, and wait: %s", error)
+            self._stuck = True
+            del self._pending[:-_MOST_PENDING]
+            with contextlib.suppress(RuntimeError):  # where the plane is not (or no longer) running
+                self._timer = asyncio.get_running_loop().call_later(_STUCK_SECONDS, self.flush)
+            return
+        if self._stuck:
+            log.info("logs are written again")
+        self._stuck = False
+        self._pending = []
 
     def close(self) -> None:
         self.flush()
@@ -115,9 +140,8 @@ class Logs:
 
     def flush_pending_of(self, app_id: str) -> None:
         """Write pending lines now if some are this app's, so that its end is not told before its last words."""
-        if any(row.app_id == app_id for row in self._pending):
-            rows, self._pending = self._pending, []
-            self._store.add_logs(rows)
+        if not self._stuck and any(row.app_id == app_id for row in self._pending):
+            self._write()
 
     def _ended(self, task_id: str) -> bool:
         row = self._store.task(task_id) if task_id else None
