@@ -134,8 +134,10 @@ def check(sort: str | None, min_vram: str | None) -> Decimal | None:
 
 def offers(rates: Rates, *, sort: str | None = None, min_vram: Decimal | None = None) -> list[Offer]:
     """The cards that have so much memory each, in the order of the catalogue (from small to large) or as sorted."""
+    # A100 is the 40 GB card under another name, and B200+ at least a B200.
+    cards = {gpu.name: gpu.card for gpu in catalog.gpus().values()}
     found = [
-        Offer(gpu, rates.gpus[gpu.name], tuple(p for p in cloud_prices() if p.gpu == gpu.name))
+        Offer(gpu, rates.gpus[gpu.name], tuple(p for p in cloud_prices() if cards[p.gpu] == gpu.card))
         for gpu in catalog.gpus().values()
         if min_vram is None or gpu.vram_gib >= min_vram
     ]

@@ -108,6 +108,8 @@ def test_compared_with_other_clouds(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = gpuctl(capsys, "gpus", "--compare", "--json")
     [h100] = [gpu for gpu in json.loads(out)["gpus"] if gpu["name"] == "H100"]
     assert {"cloud", "usd_per_hour", "note", "where", "as_of"} == set(h100["elsewhere"][0])
+    [a100] = [gpu for gpu in json.loads(out)["gpus"] if gpu["name"] == "A100"]
+    assert a100["elsewhere"], "the same card under another name"
 
 
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
