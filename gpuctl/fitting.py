@@ -336,13 +336,16 @@ def assess(
     candidates = [judged(facts, choice) for choice in (choices if request is not None else allowed)]
     enough = requests_of(ask, concurrency)
     pick = pick_of(candidates, enough=enough)
-    # Of GPUs that were named, one that merely starts is what was asked for; of all, nothing that fits is better.
     changes: list[Change] = []
-    if not any(one.verdict in (Verdict.FITS, Verdict.TIGHT, Verdict.UNKNOWN) for one in candidates):
+    if any(one.verdict in (Verdict.NO, Verdict.TIGHT) for one in candidates) and not any(
+        one.verdict in (Verdict.FITS, Verdict.UNKNOWN) for one in candidates
+    ):
         changes = sorted(
             _changes(facts, request, ask, judged, siblings, most_gpus, enough),
             key=lambda change: _price(change.candidate),
         )
+        if pick is not None:  # something starts: only what fits all of it is a change for the better
+            changes = [change for change in changes if change.candidate.verdict is Verdict.FITS]
     if drop_unfit:
         candidates = [one for one in candidates if one.verdict is not Verdict.NO]
     return Assessment(

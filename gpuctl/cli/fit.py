@@ -158,6 +158,8 @@ def _show(spec: FitSpec, assessment: Assessment, prices: str, console: Console) 
     say(f"Prices: {prices}.")
     console.answer("")
     say(_conclusion(spec, assessment))
+    if assessment.pick is None and assessment.unfit and not assessment.changes:
+        say("No other GPU of Modal, number of them, quantised build or context would make it fit.")
     for i, change in enumerate(assessment.changes):
         price = (
             "" if change.candidate.usd_per_hour is None else f", ${change.candidate.usd_per_hour:.2f} an hour"

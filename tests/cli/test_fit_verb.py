@@ -159,6 +159,29 @@ def test_what_would_fit_instead_can_be_pasted(config: str, capsys: pytest.Captur
         assert again["candidates"][0]["usd_per_hour"] == change["usd_per_hour"]
 
 
+def test_what_only_starts_is_told_what_would_fit(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    document = asked(capsys, config, "--gpu", "L4", "--concurrency", "64")
+    assert document["candidates"][0]["verdict"] == "tight"
+    assert document["pick"] == {"gpu": "L4", "count": 1}
+    change = document["change"]
+    (again,) = asked(capsys, *change["argv"][2:])["candidates"]
+    assert again["verdict"] == "fits"
+    assert again["max_concurrency"] >= 64
+    assert asked(capsys, config, "--gpu", "L4,H100", "--concurrency", "64")["change"] is None
+
+
+def test_where_nothing_helps_that_is_said(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = tmp_path / "huge.json"
+    huge.write_text(
+        json.dumps(LLAMA | {"hidden_size": 65536, "intermediate_size": 500000, "num_hidden_layers": 128})
+    )
+    assert main(["fit", str(huge)]) == 0
+    assert "No other GPU of Modal" in capsys.readouterr().out
+    assert asked(capsys, str(huge))["change"] is None
+
+
 def test_the_table_of_a_pipe_is_plain(config: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "gpuctl", "fit", config], capture_output=True, text=True, check=True
