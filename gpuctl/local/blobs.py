@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import hashlib
 import hmac
@@ -115,7 +114,7 @@ class Blobs:
     async def create(self, request: Any, call: Call) -> Any:
         try:
             digest = base64.b64decode(request.content_sha256_base64, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # also of text that is not ASCII
             raise invalid("content_sha256_base64 is not base64") from error
         blob_id = content_id("bl", digest)
         urls = api_pb2.UploadUrlList(items=[self.url(f"/blob/{blob_id}", call)])
