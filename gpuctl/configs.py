@@ -123,10 +123,17 @@ def _path(text: str) -> Path | None:
     return None
 
 
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx")
+
+
 def _of_path(path: Path) -> Found:
     try:
         if not path.exists():
             raise usage_error(f"MODEL: there is no {str(path)!r}")
+        if path.is_file() and path.suffix in _WEIGHTS:
+            raise usage_error(
+                f"MODEL: {str(path)!r} holds weights: give the folder that it is in, or its config.json"
+            )
         if path.is_file():
             return _found_at(path, path, None, None)
     except (OSError, ValueError) as error:

@@ -114,7 +114,7 @@ app = typer.Typer(
     name="gpuctl",
     cls=VerbGroup,
     help="A model on a GPU, now: flags in, an OpenAI-compatible endpoint on Modal out.",
-    epilog="Every command but local itself takes --local (or GPUCTL_TARGET=local): this machine instead of Modal.",
+    epilog="All but fit, models and local itself take --local (or GPUCTL_TARGET=local): this machine instead of Modal.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -143,7 +143,8 @@ def _show(spec: FitSpec, assessment: Assessment, prices: str, console: Console) 
             console.answer(named(assessment.pick))
         return
     say(_about_model(assessment))
-    say(_about_ask(spec, assessment))
+    if assessment.facts.architecture is not None:
+        say(_about_ask(spec, assessment))
     console.answer("")
     shown = _few(assessment) if spec.gpu is None else list(assessment.candidates)
     for line in lines(shown, width=width, unicode=unicode):

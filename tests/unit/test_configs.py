@@ -313,6 +313,7 @@ def test_paths_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"1234567")
     (tmp_path / "config.json").write_text("{}")
     assert "shorter than 8 bytes" in str(problem(str(tmp_path)))
+    assert "holds weights: give the folder" in str(problem(str(tmp_path / "broken.safetensors")))
 
 
 def test_neither_alias_nor_repository() -> None:
