@@ -100,6 +100,7 @@ class Model:
     note: str | None = None
     config: OtherConfig | None = None
     mine: str | None = None  # the file that it stands in
+    given: frozenset[str] = frozenset()  # the facts that stand there
     read_in: Mapping[str, str] = field(default_factory=dict)  # the key of the source of each fact
     recipe: str | None = None
 
@@ -123,9 +124,10 @@ class Model:
     @property
     def sources(self) -> Mapping[str, Source]:
         """Where each fact was read, by the field's name."""
+        read = {fact: _model_source(key, self.recipe) for fact, key in self.read_in.items()}
         if self.mine is not None:
-            return MappingProxyType({"alias": Source(self.mine, "")})
-        return MappingProxyType({fact: _model_source(key, self.recipe) for fact, key in self.read_in.items()})
+            read |= dict.fromkeys(("alias", *self.given), Source(self.mine, ""))
+        return MappingProxyType(read)
 
     @property
     def source(self) -> str:

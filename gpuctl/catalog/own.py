@@ -6,11 +6,12 @@
     repo = "org/name"
     gated = true        # and what else is known of it: see ALLOWED
 
-Who has no such file pays for one `stat`.
+What is not given is taken from the catalogue, where it has the repository. Who has no such file pays for one `stat`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -73,7 +74,7 @@ def _read(path: Path, _mtime_ns: int, _size: int) -> Mapping[str, Model]:
 
 
 def _model(path: Path, text: str, alias: str, value: object) -> Model:
-    from gpuctl.catalog import KINDS, TINY, Model
+    from gpuctl.catalog import KINDS, TINY, Model, of_repo
 
     def wrong(what: str, key: str | None = None) -> NoReturn:
         raise usage_error(f"{path}, line {_line(text, alias, key)}: {what}")
@@ -116,7 +117,10 @@ def _model(path: Path, text: str, alias: str, value: object) -> Model:
         )
     if not is_revision(row.get("revision", "main")):
         wrong(f"{alias}: {row['revision']!r} is no branch, tag or commit", "repo" if at else "revision")
-    return Model(alias=alias, repo=repo, mine=str(path), **row)
+    known = None if "revision" in row else of_repo(repo)
+    if known is None:
+        return Model(alias=alias, repo=repo, mine=str(path), given=frozenset(row), **row)
+    return dataclasses.replace(known, alias=alias, also=(), mine=str(path), given=frozenset(row), **row)
 
 
 def _located(path: Path, said: str, text: str) -> str:

@@ -180,6 +180,16 @@ def test_an_own_alias_wins_over_the_catalogue_s(capsys: pytest.CaptureFixture[st
     assert [model["repo"] for model in models if model["alias"] == "llama3"] == ["acme/llama"]
 
 
+def test_what_is_not_given_is_taken_from_the_catalogue(capsys: pytest.CaptureFixture[str], own: Path) -> None:
+    own.write_text('ear = "openai/whisper-large-v3"\n[mine]\nrepo = "Qwen/Qwen3-8B"\nlicence = "bought"\n')
+    [model] = [m for m in json.loads(gpuctl(capsys, "models", "mine", "--json")[1])["models"] if m["mine"]]
+    assert (model["licence"], model["context"], model["also"]) == ("bought", 40960, [])
+    assert model["sources"]["licence"]["where"] == str(own)
+    assert "NOTICE.md" in model["sources"]["context"]["where"]
+    assert "MODEL: ear is a speech model" in gpuctl(capsys, "serve", "ear", "--gpu", "h100", "--dry-run")[2]
+    assert gpuctl(capsys, "fit", "mine", "--gpu", "h100", "-q")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
