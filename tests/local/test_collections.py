@@ -80,6 +80,7 @@ def test_the_sdk_from_this_machine(plane: TestPlane) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == {"dicts": DICTS, "queues": QUEUES}
 
 
+@pytest.mark.slow
 def test_the_sdk_in_a_container(plane: TestPlane) -> None:
     url = plane.deploy("collected", app="collections_sdk.py")
     assert plane.ready(url).json == {"dicts": DICTS, "queues": QUEUES}

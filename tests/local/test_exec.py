@@ -177,3 +177,19 @@ def test_a_command_ends_with_its_container(new_plane: TestPlane) -> None:
     assert asyncio.run(_on_router(new_plane, task, steps)).signal == 9
     new_plane.kill()
     eventually(lambda: new_plane.containers() == [], seconds=5)
+
+
+def test_containers_are_listed_and_stopped(plane: TestPlane) -> None:
+    url = plane.deploy("halted", open=1, min=1)
+    task = plane.ready(f"{url}/who").json["task"]
+    listed = {row["container_id"]: row["app_name"] for row in plane.json("container", "list")}
+    assert listed[task] == "halted"
+    assert "listening" in plane.quick("container", "logs", task, "--all").stdout
+    plane.quick("container", "stop", task, "--yes")
+    eventually(lambda: task not in {row["container_id"] for row in plane.json("container", "list")})
+    again = plane.quick("container", "stop", task, "--yes", check=False)
+    assert again.returncode == 1
+    assert "is already stopped" in again.stdout + again.stderr
+    # min_containers holds: another one takes its place.
+    eventually(lambda: "halted" in {row["app_name"] for row in plane.json("container", "list")})
+    plane.quick("app", "stop", "halted", "--yes")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .planes import TestPlane
@@ -121,3 +123,19 @@ def test_prices(plane: TestPlane) -> None:
     said = plane.quick("billing", "rates").stdout
     assert "Nothing is billed on this machine" in said
     assert "0.5904" in said
+
+
+def test_app_tags(plane: TestPlane) -> None:
+    code = (
+        "import json, modal\n"
+        "app = modal.App.lookup('tagged', create_if_missing=True)\n"
+        "before = app.get_tags()\n"
+        "app.set_tags({'team': 'a-b', 'kind': 'x'})\n"
+        "print(json.dumps([before, modal.App.lookup('tagged').get_tags()]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plane.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [{}, {"team": "a-b", "kind": "x"}]
+    plane.quick("app", "stop", "tagged", "--yes")
