@@ -520,6 +520,8 @@ def _why(pick: Candidate | None, candidates: Sequence[Candidate], *, named: bool
         if any(one.verdict is Verdict.UNKNOWN for one in candidates):
             return "whether it fits is not known"
         return "nothing fits" if candidates else "there is no such choice of GPUs"
+    if pick.verdict is Verdict.TIGHT and len(candidates) == 1:
+        return f"it starts, but {pick.reason}"
     if pick.verdict is Verdict.TIGHT:
         return f"none fits all that was asked; of those that start it holds the most for its price ({pick.reason})"
     same = [one for one in candidates if one.verdict is Verdict.FITS]

@@ -72,7 +72,7 @@ class FitSpec:
         share = read.share("--gpu-memory-utilization", gpu_memory_utilization)
         tensor = read.optional_whole("--tensor-parallel", tensor_parallel, at_most=_MOST_GPUS, unit="GPUs")
         pipeline = read.whole("--pipeline-parallel", pipeline_parallel, 1, at_most=_MOST_GPUS, unit="GPUs")
-        version = read.version("--engine-version", engine_version)
+        version = read.version("--engine-version", engine_version, built=True)
         _check_sizes(read, request, tensor, pipeline)
         if read.problems:
             raise usage_error(read.problems)

@@ -15,6 +15,8 @@ MOST = 2**31 - 1  # the wire has 32 bits
 WHOLE = re.compile(r"[0-9]{1,10}", re.ASCII)
 _SHARE = re.compile(r"0?\.[0-9]{1,6}|1(?:\.0{1,6})?", re.ASCII)
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}(?:rc[0-9]{1,4}|\.post[0-9]{1,4})?", re.ASCII)
+# As a build from a commit names itself: 0.26.1rc1.dev608+g1a2b3c.
+_BUILT = re.compile(_VERSION.pattern + r"(?:\.dev[0-9]{1,6})?(?:\+[A-Za-z0-9.]{1,40})?", re.ASCII)
 
 T = TypeVar("T")
 
@@ -79,11 +81,11 @@ class Reader:
             self.problem(f"{flag}: {text!r} is not one of {', '.join(allowed)}")
         return text
 
-    def version(self, flag: str, text: str | None) -> str:
-        """An exact version of the engine; None: the default one."""
+    def version(self, flag: str, text: str | None, *, built: bool = False) -> str:
+        """An exact version of the engine; None: the default one. `built`: one between releases will do, too."""
         if text is None:
             return catalog.vllm().version
-        if not _VERSION.fullmatch(text):
+        if not (_BUILT if built else _VERSION).fullmatch(text):
             self.problem(f"{flag}: {text!r} is not an exact version, such as {catalog.vllm().version}")
         return text
 

@@ -353,6 +353,7 @@ def test_every_option_changes_the_answer(config: str, capsys: pytest.CaptureFixt
     assert h100("--tensor-parallel", "2") == plain
     assert h100("--pipeline-parallel", "2")["kv_cache_tokens"] != plain["kv_cache_tokens"]
     assert h100("--engine-version", "0.11.0") != plain
+    assert h100("--engine-version", "0.26.1rc1.dev608+g1a2b3c")["weights_gib"] > 0
     assert h100("--context", "131072")["max_concurrency"] < plain["max_concurrency"]
     assert h100("--concurrency", "1")["decode_tokens_per_s"] < plain["decode_tokens_per_s"]
 

@@ -220,6 +220,18 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == "[]"
 
 
+def test_the_help_says_which_verbs_take_local() -> None:
+    group = command()
+    without = set()
+    for verb in VERBS:
+        made = group.get_command(None, verb.name)  # type: ignore[arg-type]
+        assert made is not None
+        if not any("--local" in parameter.opts for parameter in made.params):
+            without.add(verb.name)
+    assert without == {"fit", "models", "local"}
+    assert "All but fit, models and local itself take --local" in (group.epilog or "")
+
+
 def test_the_table_of_verbs_says_what_they_say() -> None:
     group = command()
     context = group.make_context("gpuctl", [], resilient_parsing=True)
