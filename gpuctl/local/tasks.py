@@ -13,6 +13,7 @@ import logging
 import posixpath
 import secrets
 import signal
+import sqlite3
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,8 +133,8 @@ class Tasks:
         task = Task(
             _task_id(), function.app_id, function.id, definition_id, secrets.token_urlsafe(24), time.time()
         )
-        self.live[task.id] = task
         self._store.add_task(TaskRow(task.id, task.app_id, task.function_id, task.enqueued_at, 0, 0, None))
+        self.live[task.id] = task
         return task
 
     async def start(
@@ -165,8 +166,9 @@ class Tasks:
             )
             self._finish(task, None)
             return
-        self._store.task_started(task.id, time.time())
         self._spawn(self._watch(task, task.container))
+        with contextlib.suppress(sqlite3.Error):  # on a full disk nobody can be told when it started
+            self._store.task_started(task.id, time.time())
 
     async def _cards(self, task: Task) -> tuple[Card, ...] | None:
         """The GPUs that its function asks for, once they are free; None when it was stopped while it waited."""
@@ -204,11 +206,16 @@ class Tasks:
     def _finish(self, task: Task, code: int | None) -> None:
         self._gpus.give_back(task.id)
         task.exit_code = code
-        self._logs.flush()
-        self._store.task_finished(task.id, time.time(), code)
         self.live.pop(task.id, None)
-        task.ended.set()
-        self._logs.wake()
+        try:
+            self._logs.flush()
+            self._store.task_finished(task.id, time.time(), code)
+        except sqlite3.Error as error:
+            # A full disk. It has ended all the same; that it has is written at the next start of the plane.
+            log.warning("the end of container %s could not be written: %s", task.id, error)
+        finally:
+            task.ended.set()
+            self._logs.wake()
 
     async def stop(self, task: Task, *, grace: float = EXIT_HOOK_SECONDS) -> None:
         """End it: a signal, its exit hooks for `grace` seconds, then SIGKILL. Returns when nothing of it is left."""
