@@ -138,14 +138,16 @@ class Calls:
         self._ledger.flush()
 
     async def _close(self, pool: Pool, reason: str) -> None:
-        pool.cancel("", reason)
-        self._pools.pop(pool.function_id, None)
+        # Its containers end by a signal; until then they are still answered.
+        pool.cancel("", reason, tell=False)
         await pool.close()
+        if self._pools.get(pool.function_id) is pool:
+            del self._pools[pool.function_id]
 
     def _pool(self, function_id: str) -> Pool:
         """The function's pool; made when it is called for the first time."""
         pool = self._pools.get(function_id)
-        if pool is not None:
+        if pool is not None and not pool.closing:
             return pool
         function = self._functions.row(function_id)
         app = self._store.app(function.app_id)

@@ -155,7 +155,7 @@ class Pool:
         self._not_before = 0.0
         self._said = ""  # what was said of this machine's limit
         self._wake = asyncio.Event()
-        self._closing = False
+        self.closing = False
         self._jobs: set[asyncio.Task[None]] = set()
         capacity.join(self._wake.set, self._make_room)
         self._loop = self._spawn(self._run())
@@ -205,7 +205,7 @@ class Pool:
 
     async def close(self, *, grace: float = EXIT_HOOK_SECONDS) -> None:
         """No more inputs; end the containers. What has no output yet stays so: `cancel_all` is for that."""
-        self._closing = True
+        self.closing = True
         self._loop.cancel()
         self._capacity.leave(self._wake.set)
         await asyncio.gather(*(self._stop(worker, grace) for worker in list(self.workers.values())))
@@ -314,7 +314,7 @@ class Pool:
                 self._asking.remove(worker)
 
     def _outdated(self, worker: Worker) -> bool:
-        return worker.leaving or self._closing or worker.task.definition_id != self.definition_id
+        return worker.leaving or self.closing or worker.task.definition_id != self.definition_id
 
     def _claim(self, worker: Worker, item: Input) -> None:
         assert self.settings is not None
@@ -412,7 +412,7 @@ class Pool:
             if not item.done and call_id in ("", item.call.id)
         ]
 
-    def cancel(self, call_id: str, reason: str, *, terminate: bool = False) -> list[Input]:
+    def cancel(self, call_id: str, reason: str, *, terminate: bool = False, tell: bool = True) -> list[Input]:
         """Answer the inputs of a call (of all, without one) as terminated, and have containers drop them."""
         items = self.unfinished(call_id)
         for item in items:
@@ -422,7 +422,7 @@ class Pool:
                 continue
             if terminate:
                 self._kill(worker)
-            else:
+            elif tell:
                 self._tell_to_cancel(worker, item)
         self.pending = deque(item for item in self.pending if not item.done)
         self._delayed = [entry for entry in self._delayed if not entry[2].done]
@@ -607,7 +607,7 @@ class Pool:
                 )
             else:
                 self.pending.appendleft(item)
-        if self._closing:
+        if self.closing:
             return
         self._hand_out()
         if worker.ready_at:

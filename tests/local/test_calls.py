@@ -226,11 +226,11 @@ def test_failures_are_retried_and_timeouts_end_the_input(deployed: TestPlane) ->
             function("slow").remote(name + "-d", 60)
         except modal.exception.FunctionTimeoutError as error:
             assert "timeout of 1s" in str(error)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30, "its container had to start"
     """
     name = uuid.uuid4().hex
     script(deployed, code, name=name)
-    eventually(lambda: marks(deployed, f"{name}-d"), seconds=5)
+    eventually(lambda: marks(deployed, f"{name}-d"), seconds=10)
     assert marks(deployed, f"{name}-c") == 3
 
 
