@@ -19,6 +19,7 @@ _SIZES = (
     "graph_layer",
     "graph_experts",
     "graph_mxfp4",
+    "graph_states",
     "warm_up",
     "warm_up_mxfp4",
 )

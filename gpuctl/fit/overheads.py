@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gpuctl.fit.architecture import Recurrent
 from gpuctl.fit.values import GIB
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class EngineConstants:
     graph_layer: int
     graph_experts: int
     graph_mxfp4: int
+    graph_states: int
     graph_in_budget: bool
     warm_up: int
     warm_up_mxfp4: int
@@ -133,6 +135,8 @@ def graph(architecture: Architecture, constants: EngineConstants, ask: Ask, laye
         size += constants.graph_experts
     if architecture.quantization is not None and architecture.quantization.experts_only:
         size += constants.graph_mxfp4
+    if any(isinstance(cache, Recurrent) for layer in architecture.layers for cache in layer.caches):
+        size += constants.graph_states
     return size
 
 

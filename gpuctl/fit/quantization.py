@@ -79,12 +79,13 @@ class Quantization:
         return max((scheme.needs for scheme in schemes if scheme is not None), default=(0, 0))
 
 
+# `needs`: `get_min_capability` of vLLM 0.32, `layers/quantization/`.
 FP8 = Scheme("fp8", 8, group=-1, needs=(7, 5))
 FP8_ROWS = Scheme("fp8", 8, group=0, needs=(7, 5))
 INT8_ROWS = Scheme("int8", 8, group=0, needs=(7, 5))
-MXFP8 = Scheme("mxfp8", 8, group=32, scale_bits=8, needs=(7, 5))
+MXFP8 = Scheme("mxfp8", 8, group=32, scale_bits=8, needs=(8, 0))
 NVFP4 = Scheme("nvfp4", 4, group=16, scale_bits=8, needs=(7, 5))
-MXFP4 = Scheme("mxfp4", 4, group=32, scale_bits=8, needs=(7, 5))
+MXFP4 = Scheme("mxfp4", 4, group=32, scale_bits=8, needs=(8, 0))
 NF4 = Scheme("nf4", 4, group=64, scale_bits=8, needs=(7, 0))
 
 

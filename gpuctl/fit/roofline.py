@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from gpuctl.fit.quantization import Quantization
     from gpuctl.fit.values import Card
 
-_FORMAT_BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "fp4": 4}
-
 
 @dataclass(frozen=True)
 class Roofline:
@@ -42,41 +40,46 @@ def roofline(
 ) -> Roofline:
     """What so many requests of so many tokens can get.
 
-    Decode: in one step every request gets a token; the step takes as long as reading the weights that the step uses
-    and the cache of all requests takes, or the multiplications, whichever is longer. Prefill: 2 operations for each
-    active parameter and token, and for each pair of tokens that attend to each other 4 x heads x width.
+    Decode: in one step every request gets a token; the step takes as long as reading what it uses of the weights, and
+    the cache of all requests, or as the multiplications, whichever is longer. Pipeline stages work on a part of the
+    requests each. Prefill: 2 operations for each active parameter and token, and for each pair of tokens that attend
+    to each other 2 for each number of the key and of the value, in every head.
     """
     operations = flops(card, architecture.quantization)
-    active, total = architecture.active_parameters, max(1, architecture.parameters)
+    stages = max(1, count // tensor_parallel)
+    together = max(1.0, concurrency / stages)  # requests in one stage at once
+    active = architecture.active_parameters
     decode = None
     if card.bandwidth_bytes_per_s:
-        share = _read_share(architecture, concurrency, active / total)
         kept = sum(
             read_bytes(cache, context, tensor_parallel, kv, architecture.element_bytes)
             for layer in architecture.layers
             for cache in layer.caches
         )
-        # The weights' bytes are of all GPUs together; the cache's are of one stage, and stages work in turn.
-        moved = weight_bytes * share / count + concurrency * kept * tensor_parallel / count
+        moved = weight_bytes * read_share(architecture, together) / count + together * kept / stages
         step = moved / card.bandwidth_bytes_per_s
         if operations:
-            step = max(step, concurrency * 2 * active / (operations * count))
-        decode = concurrency / step if step > 0 else None
+            step = max(step, together * 2 * active / (operations * count))
+        decode = concurrency / stages / step if step > 0 else None
     prefill = None
     if operations:
-        each = 2 * active + attention_operations(architecture, context) / max(1, context)
+        inner = active - architecture.vocabulary * architecture.hidden  # logits are for the last token alone
+        each = 2 * inner + attention_operations(architecture, context) / max(1, context)
         prefill = operations * count / each
     return Roofline(decode, prefill)
 
 
 def flops(card: Card, quantization: Quantization | None) -> float | None:
-    """Operations per second in the format that the weights are multiplied in: theirs, or the next wider one."""
-    bits = 16
-    if quantization is not None and quantization.scheme is not None and "int" not in quantization.scheme.name:
-        bits = quantization.scheme.bits
-    able = {_FORMAT_BITS.get(name, 16): speed for name, speed in card.flops.items()}
-    wide = [b for b in sorted(able) if b >= bits]
-    return able[wide[0]] if wide else None
+    """Operations per second of one card in the format that the weights are multiplied in.
+
+    That is theirs where the card has it, and where the engine does not make them wide again first, as it does with
+    whole numbers that only the weights have (AWQ, GPTQ); else 16 bits.
+    """
+    wide = card.flops.get("bf16") or card.flops.get("fp16")
+    if quantization is None or quantization.scheme is None:
+        return wide
+    own = {"fp8": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}.get(quantization.scheme.name, "")
+    return card.flops.get(own) or wide
 
 
 def read_bytes(cache: Cache, context: int, tensor_parallel: int, kv: Format, element_bytes: int) -> float:
@@ -104,17 +107,18 @@ def attention_operations(architecture: Architecture, context: int) -> float:
     return sum_
 
 
-def _read_share(architecture: Architecture, concurrency: int, least: float) -> float:
-    """The share of the weights that a step reads: of experts, those that some request of the batch takes.
+def read_share(architecture: Architecture, together: float) -> float:
+    """The share of the weights that a step reads: not an embedding, of which rows are looked up, nor towers.
 
-    With requests that choose independently, an expert is left alone by all with (1 - active/count) ** requests.
+    Of experts, those that some request takes: with requests that choose independently, an expert is left alone by all
+    with (1 - active / count) ** requests.
     """
+    read = sum(t.elements for layer in architecture.layers for t in layer.tensors if t.parameter)
+    read += architecture.vocabulary * architecture.hidden
+    total = max(1, architecture.parameters)
     experts = architecture.experts
     if experts is None:
-        return 1.0
-    inside = sum(
-        t.rows * t.columns * t.copies for layer in architecture.layers for t in layer.tensors if t.copies > 1
-    )
-    share = inside / max(1, architecture.parameters)
-    taken = 1 - (1 - experts.active / experts.count) ** concurrency
-    return max(least, 1 - share + share * taken)
+        return min(1.0, read / total)
+    inside = sum(t.elements for layer in architecture.layers for t in layer.tensors if t.copies > 1)
+    left_alone: float = (1 - experts.active / experts.count) ** together
+    return min(1.0, (read - inside * left_alone) / total)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 PLANNED_CONTEXT = 4096  # tokens, where none was asked for
 _ELEMENT_BYTES = {"float32": 4, "float": 4}
 _BFLOAT16 = (8, 0)  # the least compute capability that has bfloat16
-_FP8_KV = (8, 9)
-_DISAGREE = 0.02  # between what the shapes and what the files say, from which on it is said
+_DISAGREE = 0.03  # between what the shapes and what the files say, from which on the files count
+_DRAFT = 2.0  # a layer for speculation in layers of the model: it can have embeddings of its own
 _BY_WEIGHT = 1.2  # encoders and diffusion: what runs beside the weights, as a share of them
 
 
@@ -156,6 +156,8 @@ def _plan(
     if stored is not None and card.compute_capability and stored.needs > card.compute_capability:
         needs = ".".join(map(str, stored.needs))
         return answer(Verdict.NO, f"{stored.method} weights need compute capability {needs}")
+    if ask.dtype in ("bfloat16", "bf16") and card.compute_capability and card.compute_capability < _BFLOAT16:
+        return answer(Verdict.NO, "bfloat16 needs compute capability 8.0; float16 would do")
     element = _ELEMENT_BYTES.get(ask.dtype or "", architecture.element_bytes)
     cache = kv.cache_format(_cache_name(ask, stored, constants), element)
     if cache is None:
@@ -225,27 +227,27 @@ def _scale(
 ) -> float | None:
     """By how much the weights that the shapes give are to be multiplied, so that they are those of the files.
 
-    The files decide where the shapes cannot: for a type or a format that is not known here. Where both are known, the
-    larger counts, and a difference is said.
+    The files decide where the two disagree by more than what the engine leaves out of them (layers for speculation):
+    then something is stored in a way that the configuration does not tell. Without files, None where the shapes or
+    the format are not known.
     """
-    unknown_format = stored is not None and stored.scheme is None and not stored.rules
     own = architecture.quantization
-    shape = sum(
-        weights.per_stage(architecture, 1, 1, architecture.element_bytes, None if unknown_format else own)
-    )
+    unknown_format = own is not None and own.scheme is None and not own.rules
     if facts.weight_bytes is None:
         return None if unknown_format or not architecture.known else 1.0
+    shape = weights.in_files(architecture)
     ratio = facts.weight_bytes / shape
     if unknown_format or not architecture.known:
-        return ratio
+        return ratio * architecture.stored_bytes / architecture.element_bytes
     if stored is not own or ask.dtype == "float32":
         return 1.0
-    if ratio > 1 + _DISAGREE:
-        assumptions.append(
-            f"the files are {facts.weight_bytes / GIB:.1f} GiB, the shapes say {shape / GIB:.1f}: the files count"
-        )
-        return ratio
-    return 1.0
+    left_out = _DRAFT * architecture.drafts / len(architecture.layers)
+    if 1 - _DISAGREE < ratio < 1 + _DISAGREE + left_out:
+        return 1.0
+    assumptions.append(
+        f"the files have {facts.weight_bytes / GIB:.1f} GiB where the shapes say {shape / GIB:.1f}: the files count"
+    )
+    return ratio
 
 
 def _say(

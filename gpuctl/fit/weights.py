@@ -122,6 +122,31 @@ def bytes_on_gpu(
     return held(rows * columns * tensor.copies * (tensor.fixed_bytes or element_bytes))
 
 
+def in_files(architecture: Architecture) -> int:
+    """Bytes that the files of the weights have for what the engine loads, as the shapes have it."""
+    matcher = None if architecture.quantization is None else Matcher(architecture.quantization)
+    size = 0
+    for prefix, tensors in _by_layer(architecture):
+        for tensor in tensors:
+            if not tensor.parameter:
+                continue
+            scheme = None
+            if matcher is not None and tensor.linear:
+                scheme = matcher.scheme([prefix + name for name in tensor.names], expert=tensor.copies > 1)
+            if scheme is None:
+                size += tensor.elements * (tensor.fixed_bytes or architecture.stored_bytes)
+            else:
+                size += scheme.bytes_of(tensor.rows, tensor.columns, tensor.copies)
+                size += scheme.scales_of(tensor.rows, tensor.columns, tensor.copies)
+    return size
+
+
+def _by_layer(architecture: Architecture) -> Iterable[tuple[str, tuple[Tensor, ...]]]:
+    yield "", (*architecture.first, *architecture.last, *architecture.beside)
+    for i, layer in enumerate(architecture.layers):
+        yield f"layers.{i}.", layer.tensors
+
+
 def per_stage(
     architecture: Architecture,
     tensor_parallel: int,
