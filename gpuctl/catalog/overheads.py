@@ -13,6 +13,7 @@ _SIZES = (
     "workspace",
     "non_torch",
     "non_torch_parallel",
+    "non_torch_parallel_plain",
     "non_torch_pipeline",
     "context",
     "graph",

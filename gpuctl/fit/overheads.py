@@ -47,6 +47,7 @@ class EngineConstants:
     expert_workspace: bool
     non_torch: int
     non_torch_parallel: int
+    non_torch_parallel_plain: int
     non_torch_pipeline: int
     context: int
     graph: int
@@ -147,10 +148,20 @@ def warm_up(architecture: Architecture, constants: EngineConstants) -> int:
     return constants.warm_up
 
 
-def non_torch(constants: EngineConstants, tensor_parallel: int, pipeline_parallel: int) -> int:
-    """Bytes of what is not PyTorch's: libraries, and with several GPUs the buffers between them."""
+def non_torch(
+    constants: EngineConstants,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    capability: tuple[int, int] | None,
+) -> int:
+    """Bytes of what is not PyTorch's: libraries, and with several GPUs the buffers between them.
+
+    The big buffers are those of NVSwitch's multicast, which Hopper and Blackwell's data-centre cards (compute
+    capability 9.0 and 10.x) have; a card of which nothing is known counts as one of them.
+    """
     if tensor_parallel > 1:
-        return constants.non_torch_parallel
+        plain = capability is not None and capability[0] not in (9, 10)
+        return constants.non_torch_parallel_plain if plain else constants.non_torch_parallel
     return constants.non_torch_pipeline if pipeline_parallel > 1 else constants.non_torch
 
 

@@ -7,6 +7,7 @@ AWQ, GPTQ, compressed-tensors, ModelOpt, MXFP4, bitsandbytes, AutoRound, Quark, 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,8 @@ class Rule:
 class Quantization:
     """What is stored how: a module that is ignored stays as it is, else the first rule that names it decides.
 
-    `kv_cache` is the format that the checkpoint has scales for ("fp8"); `note` is what is worth saying of it.
+    `kv_cache` is the format that the checkpoint has scales for ("fp8"). `experts` is the scheme of a mixture's routed
+    experts where it is not the others'; with `experts_only`, nothing but they has one.
     """
 
     method: str
@@ -70,12 +72,13 @@ class Quantization:
     ignored: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     kv_cache: str | None = None
+    experts: Scheme | None = None
     experts_only: bool = False
 
     @property
     def needs(self) -> tuple[int, int]:
         """The least compute capability that runs all of it."""
-        schemes = [self.scheme, *(rule.scheme for rule in self.rules)]
+        schemes = [self.scheme, self.experts, *(rule.scheme for rule in self.rules)]
         return max((scheme.needs for scheme in schemes if scheme is not None), default=(0, 0))
 
 
@@ -151,7 +154,12 @@ def read(f: Fields, text: Fields, separate: Mapping[str, object] | None) -> Quan
     }
     if method not in readers:
         return Quantization(method or "unknown", None)
-    return readers[method](table)
+    read_as = readers[method](table)
+    # DeepSeek V4 stores its routed experts in MXFP4, beside fp8 for the rest (vLLM, `models/deepseek_v4`:
+    # `expert_dtype`, "fp4" or "fp8").
+    if method == "fp8" and (text.text("expert_dtype") or table.text("expert_dtype")).lower() == "fp4":
+        return dataclasses.replace(read_as, experts=MXFP4)
+    return read_as
 
 
 def _names(table: Fields, *fields: str) -> tuple[str, ...]:
@@ -351,6 +359,8 @@ class Matcher:
             return None
         if self._all.experts_only:
             return self._all.scheme if expert else None
+        if expert and self._all.experts is not None:
+            return self._all.experts
         for patterns, scheme in self._rules:
             if any(patterns.match(name) for name in names):
                 return scheme

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def judge(facts: ModelFacts, card: Card, count: int, ask: Ask, constants: Engine
     """
     if facts.architecture is None:
         return _by_weight(facts, card, count, ask, constants)
-    plan = _plan(facts, facts.architecture, card, count, ask, constants)
+    plan = _plan(facts, _loaded(facts.architecture, facts.kind), card, count, ask, constants)
     if isinstance(plan, Candidate):
         return plan
     architecture, tp, pp = plan.architecture, plan.tensor_parallel, plan.pipeline_parallel
@@ -72,7 +73,7 @@ def judge(facts: ModelFacts, card: Card, count: int, ask: Ask, constants: Engine
         )
         for stage in range(pp)
     ]
-    libraries = overheads.non_torch(constants, tp, pp)
+    libraries = overheads.non_torch(constants, tp, pp, card.compute_capability)
     layers = max(len(part) for part in weights.stages(len(architecture.layers), pp))
     graphs = overheads.graph(architecture, constants, ask, layers)
     utilisation = ask.gpu_memory_utilization or constants.gpu_memory_utilization
@@ -114,6 +115,14 @@ def judge(facts: ModelFacts, card: Card, count: int, ask: Ask, constants: Engine
         usd_per_hour=price,
     )
     return _with_speed(found, plan, card, ask, sum(each) * tp, price)
+
+
+def _loaded(architecture: Architecture, kind: str) -> Architecture:
+    """The part that the engine loads: a model that embeds has no use for the matrix of its output's vocabulary."""
+    if kind != "embedding":
+        return architecture
+    last = tuple(tensor for tensor in architecture.last if not tensor.names[0].startswith("lm_head"))
+    return dataclasses.replace(architecture, last=last)
 
 
 def _plan(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 
+from gpuctl import catalog
 from gpuctl.catalog.overheads import engine_constants
 from gpuctl.errors import GpuctlError
 from gpuctl.fit import architecture
@@ -66,3 +71,51 @@ def test_heads_that_cannot_be_divided_are_a_no() -> None:
     judged = judge(facts(LLAMA_3_1_8B), H100, 3, Ask(), engine_constants("0.32.0"))
     assert judged.verdict is Verdict.NO
     assert "32 attention heads" in judged.reason
+
+
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 36,
+    "vocab_size": 151665,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_model_that_embeds_is_loaded_without_its_output_matrix() -> None:
+    # Qwen3-Embedding-8B with vLLM 0.22: "Model loading took 14.11 GiB".
+    chat = facts(QWEN3_8B)
+    embeds = dataclasses.replace(chat, kind="embedding")
+    ask = Ask(context=4096, engine_version="0.22.0")
+    judged = judge(embeds, H100, 1, ask, engine_constants("0.22.0"))
+    assert judged.per_gpu
+    assert judged.per_gpu.weights / GIB == pytest.approx(14.11, abs=0.02)
+
+
+def test_routed_experts_in_another_format_than_the_rest() -> None:
+    # https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash on two H200: 74.35 GiB each.
+    text = (Path(catalog.__file__).parent / "configs" / "deepseek-ai--DeepSeek-V4-Flash.json").read_text()
+    read = architecture.read(json.loads(text), what="config.json")
+    model = ModelFacts("v4", None, None, read, None, "llm", read.context, "config.json")
+    h200 = Card("H200", int(139.8 * GIB), 4.8e12, {}, (9, 0), True, None)
+    ask = Ask(context=4096, gpu_memory_utilization=0.78, engine_version="0.26.0")
+    judged = judge(model, h200, 2, ask, engine_constants("0.26.0"))
+    assert judged.per_gpu
+    assert judged.per_gpu.weights / GIB == pytest.approx(74.35, rel=0.015)
+
+
+def test_cards_without_a_switch_between_them_make_no_buffers_for_it() -> None:
+    # Qwen3-8B on two T4 with vLLM 0.22 and --enforce-eager, at 0.85: 3.92 to 4.37 GiB for the cache.
+    t4 = Card("T4", int(14.56 * GIB), 3.2e11, {}, (7, 5), True, None)
+    ask = Ask(context=4096, gpu_memory_utilization=0.85, engine_version="0.22.1", enforce_eager=True)
+    judged = judge(
+        facts(QWEN3_8B), t4, 2, dataclasses.replace(ask, max_num_seqs=1), engine_constants("0.22.1")
+    )
+    assert judged.per_gpu
+    assert judged.per_gpu.kv_cache / GIB == pytest.approx(4.1, rel=0.06)
