@@ -31,6 +31,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,13 @@ class BuiltImage:
         """The interpreter, as the container sees it."""
         return Path(IMAGE_PATH) / "venv" / "bin" / "python"
 
-    @property
+    @cached_property
     def files(self) -> dict[str, Path]:
         """What COPY and shell commands put outside the virtual environment."""
         root = self.tree / "files"
         return {"/" + str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
 
-    @property
+    @cached_property
     def large(self) -> dict[str, Path]:
         """Those, and what was left in /root, that are too large to be copied for every container: by their path."""
         found = {path: place for path, place in self.files.items() if _is_large(place)}
