@@ -24,10 +24,15 @@ _SUCCESS = api_pb2.GenericResult.GENERIC_STATUS_SUCCESS
 _FAILURE = api_pb2.GenericResult.GENERIC_STATUS_FAILURE
 
 
+_SAME_DEPLOY_SECONDS = 60.0
+
+
 class _Build:
     """A build that runs or has run: its log so far, its result, and a signal for each change."""
 
-    def __init__(self) -> None:
+    def __init__(self, forced_by: str | None) -> None:
+        self.forced_by = forced_by  # the app that wanted it anew
+        self.ended_at = 0.0
         self.lines: list[Any] = []
         self.result: Any = None
         self.metadata: Any = None
@@ -81,22 +86,40 @@ class Images:
         # A context mount's id is its content, so the image's id covers it.
         image_id = self._images.image_id(definition, version, mount_id)
         image = self._images.get(image_id)
-        if image is not None and image.client.is_dir():
+        force = (request.force_build or request.ignore_cache) and not self._just_forced(
+            request.app_id, image_id
+        )
+        build = self._builds.get(image_id)
+        building = build is not None and build.result is None
+        if image is not None and image.client.is_dir() and not force and not building:
             return api_pb2.ImageGetOrCreateResponse(
                 image_id=image_id, result=api_pb2.GenericResult(status=_SUCCESS), metadata=_metadata(image)
             )
-        build = self._builds.get(image_id)
-        if build is None or build.result is not None:
+        if not building:
             context = {file.path: file.host for file in self._mounts.files(mount_id)} if mount_id else {}
             environment = self._secrets.values(definition.secret_ids)
-            build = self._builds[image_id] = _Build()
+            build = self._builds[image_id] = _Build(request.app_id if force else None)
             python = self._mounts.python_version(mount_id) if mount_id else ""
             build.task = asyncio.create_task(
                 self._run(
-                    build, image_id, definition, context, environment, python, request.build_function_id
+                    build,
+                    image_id,
+                    definition,
+                    context,
+                    environment,
+                    python,
+                    request.build_function_id,
+                    force,
                 )
             )
         return api_pb2.ImageGetOrCreateResponse(image_id=image_id)
+
+    def _just_forced(self, app_id: str, image_id: str) -> bool:
+        """Whether the app has it anew already: one deploy asks for an image as often as others are made from it."""
+        build = self._builds.get(image_id)
+        if build is None or build.forced_by != app_id:
+            return False
+        return build.result is None or time.monotonic() - build.ended_at < _SAME_DEPLOY_SECONDS
 
     async def _run(
         self,
@@ -107,6 +130,7 @@ class Images:
         environment: Mapping[str, str],
         python: str,
         function_id: str,
+        force: bool,
     ) -> None:
         async def run_function(base: BuiltImage, root: Path, log: Log) -> None:
             assert self._builders is not None
@@ -121,6 +145,7 @@ class Images:
                 log=build.log,
                 python_hint=python,
                 run_function=run_function if function_id else None,
+                force=force,
             )
         except ImageBuildError as error:
             build.result = api_pb2.GenericResult(status=_FAILURE, exception=str(error))
@@ -137,6 +162,7 @@ class Images:
             build.metadata = _metadata(image)
             build.result = api_pb2.GenericResult(status=_SUCCESS)
         finally:
+            build.ended_at = time.monotonic()
             build.change()
 
     @rpc("ImageJoinStreaming")

@@ -27,6 +27,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -43,6 +44,7 @@ from gpuctl.local import dockerfile, sandbox
 IMAGE_PATH = "/__image"
 CLIENT_PATH = "/__client"
 
+_OLD, _OLD_SECONDS = "old-", 86400.0  # images that were built again
 LARGE = 64 << 20  # bytes; a file of this size or more is not copied for each container, and read-only in it
 
 Log = Callable[[str], None]
@@ -154,6 +156,9 @@ class ImageStore:
         self._building: dict[str, asyncio.Task[BuiltImage]] = {}
         for folder in (self._images, self._clients):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for old in self._images.glob(f"{_OLD}*"):
+            if time.time() - old.stat().st_ctime > _OLD_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
 
     def image_id(self, image: api_pb2.Image, builder_version: str, context: str = "") -> str:
         """The image's id, by content: its own definition, its parents' ids, and `context` (a digest of its files)."""
@@ -181,6 +186,7 @@ class ImageStore:
         log: Log,
         python_hint: str = "",
         run_function: RunFunction | None = None,
+        force: bool = False,
     ) -> BuiltImage:
         """Build `image`, or wait for the build of it that is under way.
 
@@ -190,7 +196,7 @@ class ImageStore:
         task = self._building.get(image_id)
         if task is None:
             task = asyncio.create_task(
-                self._build(image_id, image, context_files, secret_env, log, python_hint, run_function)
+                self._build(image_id, image, context_files, secret_env, log, python_hint, run_function, force)
             )
             self._building[image_id] = task
             task.add_done_callback(lambda _: self._building.pop(image_id, None))
@@ -205,8 +211,12 @@ class ImageStore:
         log: Log,
         python_hint: str,
         run_function: RunFunction | None,
+        force: bool,
     ) -> BuiltImage:
         async with _locked(self._images / f"{image_id}.lock"):
+            if force and (self._images / image_id).exists():
+                # Containers may run from the old one: it is put aside, and removed by a later plane.
+                (self._images / image_id).rename(self._images / f"{_OLD}{os.urandom(8).hex()}")
             if (layer := self._read(image_id)) is None:
                 folder = self._images / image_id
                 await asyncio.to_thread(shutil.rmtree, folder, True)

@@ -52,3 +52,14 @@ def test_images_of_every_kind(plane: TestPlane) -> None:
         "older": [3, 12],
     }
     assert plane.quick("volume", "get", "images-data", "from-build", "-").stdout.startswith("built")
+
+
+@pytest.mark.slow
+def test_a_build_that_is_forced(plane: TestPlane) -> None:
+    def build(**extra: str) -> str:
+        done = plane.modal("run", "images.py::in_brought", **extra)
+        return done.stdout + done.stderr
+
+    build()
+    assert "RUN cp /srv-files" not in build()
+    assert build(MODAL_FORCE_BUILD="1").count("$ cp /srv-files/plain.py /root/copied.py") == 1
