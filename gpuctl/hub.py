@@ -73,7 +73,14 @@ def offline() -> bool:
 def endpoint() -> str:
     """The hub's address, without a slash at its end: HF_ENDPOINT, else the public one."""
     address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or _DEFAULT_ENDPOINT
-    if not address.startswith(("https://", "http://")):
+    import urllib.parse
+
+    try:
+        parts = urllib.parse.urlsplit(address)
+        good = parts.scheme in ("https", "http") and bool(parts.hostname)
+    except ValueError:
+        good = False
+    if not good:
         raise GpuctlError(f"HF_ENDPOINT: {address!r} is no http address")
     return address
 

@@ -292,10 +292,10 @@ class _Hub:
 
         try:
             yield
-        except (HTTPError, InvalidURL, OSError) as error:
+        except (HTTPError, InvalidURL, OSError, ValueError) as error:  # ValueError: a strange proxy or token
             if isinstance(error, GpuctlError):
                 raise
-            reason = str(error) or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UnreachableError(
                 f"MODEL: {self.repo}: {self.endpoint} does not answer ({reason})",
                 hint="try again, or give an alias",
@@ -311,11 +311,10 @@ class _Hub:
             self._refused(error, response)
 
     def _refused(self, error: Exception, response: Response) -> NoReturn:
-        from huggingface_hub import get_token
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         if isinstance(error, GatedRepoError) or response.status_code == 403:
-            raise gated(self.repo, with_token=bool(get_token())) from error
+            raise gated(self.repo, with_token=bool(_token())) from error
         if isinstance(error, RevisionNotFoundError):
             raise usage_error(f"MODEL: {self.repo} has no revision {self.revision!r}") from error
         if response.status_code == 401 and "Invalid credentials" in response.headers.get(
@@ -326,7 +325,7 @@ class _Hub:
                 hint="set HF_TOKEN to a valid one, or unset it (`hf auth login` keeps one in a file, too)",
             ) from error
         if isinstance(error, RepositoryNotFoundError) or response.status_code in (401, 404):
-            raise self._not_found(with_token=bool(get_token())) from error
+            raise self._not_found(with_token=bool(_token())) from error
         raise UnreachableError(
             f"MODEL: {self.repo}: {self.endpoint} answered {response.status_code}", hint="try again later"
         ) from error
@@ -348,6 +347,16 @@ class _Hub:
         )
 
 
+def _token() -> str | None:
+    """The user's token; None too where the file that it should be in cannot be read."""
+    from huggingface_hub import get_token
+
+    try:
+        return get_token()
+    except (OSError, ValueError):
+        return None
+
+
 def _timeout() -> Timeout:
     from httpx2 import Timeout
 
@@ -356,9 +365,7 @@ def _timeout() -> Timeout:
 
 def _headers() -> dict[str, str]:
     """Not huggingface_hub's own: to say which program calls it, it may ask the hub a question of its own first."""
-    from huggingface_hub import get_token
-
-    token = get_token()
+    token = _token()
     return {"User-Agent": f"gpuctl/{__version__}"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
 

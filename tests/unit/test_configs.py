@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -394,3 +397,32 @@ def test_weights_that_nobody_knows_how_are_stored_are_never_said_not_to_fit() ->
     known = cards(from_catalogue("a test"))
     verdicts = {name: judge(facts, known[name], 1, Ask(concurrency=1)).verdict for name in ("H100", "B200")}
     assert verdicts == {"H100": "unknown", "B200": "fits"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HF_TOKEN", "h\u00e9"),
+        ("https_proxy", "foo://x"),
+        ("HF_ENDPOINT", "http://[::1"),
+        ("HF_ENDPOINT", "http://"),
+        ("HF_ENDPOINT", "http://127.0.0.1:1"),
+        ("HF_TOKEN_PATH", "/root"),
+        ("HF_HOME", "/dev/null"),
+        ("XDG_CACHE_HOME", "/dev/null"),
+    ],
+)
+def test_a_broken_environment_is_one_error(variable: str, value: str) -> None:
+    """In a process of its own: huggingface_hub reads it when it is imported."""
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1", variable: value}
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuctl", "fit", "acme/x"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1

@@ -14,7 +14,11 @@ from gpuctl import catalog, configs
 from gpuctl.__main__ import main
 from gpuctl.configs import Found, of_ref
 from gpuctl.errors import GpuctlError
+from gpuctl.fit.values import Ask
+from gpuctl.fitting import cards, every_choice, facts_of, judge_with, longest_of
 from gpuctl.plan import Plan, plan_serve
+from gpuctl.prices import from_catalogue
+from gpuctl.specs.model import ModelRef
 from gpuctl.specs.serve import ServeSpec
 from gpuctl.target import Target
 
@@ -263,3 +267,16 @@ def test_tiny_is_known_as_it_is_made(tmp_path: Path) -> None:
     exec("import json, pathlib, tempfile\n" + function, scope)
     made = json.loads((Path(scope["make_tiny_model"]()) / "config.json").read_text())
     assert configs._TINY.items() <= made.items()
+
+
+@pytest.mark.parametrize("alias", ["llama3", "gpt-oss-20b", "deepseek-v3", "qwen3-30b-a3b", "gemma3-27b"])
+def test_the_context_that_is_rendered_is_one_that_starts(alias: str) -> None:
+    found = of_ref(ModelRef.parse(alias), online=False)
+    facts, judge, known = facts_of(found), judge_with("0.32.0", found), cards(from_catalogue("a test"))
+    for choice in every_choice(Ask()):
+        card = known[choice.type]
+        one = judge(facts, card, choice.count, Ask(concurrency=1))
+        length = longest_of(one, facts.own_context)
+        if one.verdict != "no":
+            assert length
+            assert judge(facts, card, choice.count, Ask(context=length)).verdict != "no", (choice, length)
