@@ -56,7 +56,8 @@ def state(plane: TestPlane, app: str) -> str:
 
 def run_sleeps(plane: TestPlane, name: str, seconds: str, *options: str, app: str) -> subprocess.Popen[bytes]:
     """`modal run` of a function that leaves marks and sleeps between them."""
-    argv = [sys.executable, "-m", "modal", "run", *options]
+    # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+    argv = ["env", "--default-signal=INT", sys.executable, "-m", "modal", "run", *options]
     argv += ["calls.py::sleeps", "--name", name, "--seconds", seconds]
     return subprocess.Popen(argv, cwd=APPS, env=plane.environment(T_NAME=app), stdout=subprocess.DEVNULL)
 
