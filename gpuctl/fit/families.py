@@ -210,6 +210,18 @@ _ORDINARY = (
 )
 
 
+# What begins the names of fields of models that keep something else than keys and values.
+_STATEFUL = ("mamba", "ssm", "linear_", "conv", "rwkv", "kda", "time_mix")
+
+
+def _is_extraordinary(f: Fields) -> bool:
+    """Whether the fields speak of layers that an ordinary decoder does not have."""
+    kinds = {str(kind) for kind in f.items("layer_types") or ()}
+    if kinds - {"full_attention", "sliding_attention"}:
+        return True
+    return any(name.startswith(_STATEFUL) and f.get(name) is not None for name in f.config)
+
+
 @dataclass
 class Parts:
     """What a builder has made of a decoder, before towers are put beside it."""
@@ -784,7 +796,7 @@ def build(config: Mapping[str, object], what: str, quantization: Mapping[str, ob
     known, assumptions = True, []
     style = own.get(kind) or STYLES.get(kind)
     if style is None and kind not in builders:
-        if not all(text.has(name) for name in _ORDINARY):
+        if not all(text.has(name) for name in _ORDINARY) or _is_extraordinary(text):
             raise UnknownFamilyError(f"{what}: model_type {model_type!r} is not known to gpuctl")
         known, style = False, Style()
         assumptions.append(

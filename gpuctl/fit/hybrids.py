@@ -167,7 +167,14 @@ def nemotron_h(f: Fields, style: Style) -> Parts:
     hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
     letters = f.text("hybrid_override_pattern")
     if not letters:
-        named = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+        named = {
+            "mamba": "M",
+            "linear_attention": "M",
+            "attention": "*",
+            "full_attention": "*",
+            "mlp": "-",
+            "moe": "E",
+        }
         kinds = f.items("layers_block_type") or f.items("layer_types") or []
         letters = "".join(named.get(str(kind), "?") for kind in kinds)
     count = f.count("num_hidden_layers", default=len(letters))
@@ -271,7 +278,8 @@ def granite_hybrid(f: Fields, style: Style) -> Parts:
     mix = mixture(f, count, hidden, f.count("intermediate_size"))
     cache = Attention(heads, f.count("num_key_value_heads"), width, width)
     kinds = _kinds(f, count)
-    mixer, state = mamba2(f, hidden, "mamba") if "mamba" in kinds else ([], None)
+    recurrent = {"mamba", "linear_attention"}  # as the file has it, and as transformers 5 calls it
+    mixer, state = mamba2(f, hidden, "mamba") if recurrent & set(kinds) else ([], None)
 
     def make(kind: str, _: int) -> tuple[list[Tensor], tuple[Cache, ...]]:
         inside = (
@@ -279,7 +287,7 @@ def granite_hybrid(f: Fields, style: Style) -> Parts:
             if mix
             else feed_forward(f, style, hidden, inner, "shared_mlp")
         )
-        if kind == "mamba" and state:
+        if kind in recurrent and state:
             return [*norms(style, hidden), *mixer, *inside], (state,)
         return [*norms(style, hidden), *attention(f, style, hidden, cache), *inside], (cache,)
 

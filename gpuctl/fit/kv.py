@@ -7,7 +7,7 @@ group out of one pool (vLLM `v1/core/kv_cache_utils.py`, `v1/kv_cache_interface.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gpuctl.fit.architecture import Attention, Latent, Recurrent
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BLOCK = 16  # tokens in a block, vLLM's default
 LATENT_BLOCK = 64  # with latent attention (FlashMLA)
+_LATENT_AND_STATE = 128  # and beside a recurrence
 _PAD_INSTEAD = 1.5  # kinds of layers of nearly equal number are padded to the larger
 
 
@@ -65,12 +66,14 @@ def formats() -> tuple[str, ...]:
 class Group:
     """Layers with one block table: tokens in a block, the window beyond which blocks are given back, or a state.
 
-    `states` is how many blocks a request takes for a state, whatever its length; 0: this is no state.
+    `states` is how many blocks a request takes for a state, whatever its length; 0: this is no state. `chunked`: the
+    window begins at a block.
     """
 
     block: int
     window: int | None = None
     states: int = 0
+    chunked: bool = False
 
     def blocks(self, context: int, in_flight: int) -> int:
         """Blocks that one request of so many tokens takes; `in_flight` tokens may be on their way at once."""
@@ -78,6 +81,8 @@ class Group:
             return self.states
         if self.window is None:
             return -(-context // self.block)
+        if self.chunked:
+            return -(-min(self.window + in_flight, context) // self.block)
         return -(-min(self.window - 1 + in_flight, context) // self.block) + 1
 
 
@@ -129,6 +134,7 @@ class _Spec:
     block: int
     window: int | None = None
     state: bool = False
+    chunked: bool = False
 
 
 def token_bytes(cache: Cache, tensor_parallel: int, kv: Format) -> float:
@@ -202,6 +208,7 @@ def _specs(
     state_page = max((state_bytes(s, tensor_parallel, architecture.element_bytes) for s in states), default=0)
     if states and others:
         token = max(token_bytes(cache, tensor_parallel, kv) for cache in others)
+        block = _LATENT_AND_STATE if latent else block
         block *= max(1, -(-state_page // int(block * token)))
         state_page = int(block * token)
     made = []
@@ -211,18 +218,19 @@ def _specs(
         else:
             size = int(block * token_bytes(cache, tensor_parallel, kv))
             window = cache.window
-            if isinstance(cache, Attention) and cache.chunked and not constants.chunked_windows:
+            chunked = isinstance(cache, Attention) and cache.chunked
+            if chunked and not constants.chunked_windows:
                 window = None
-            made.append((i, _Spec(size, block, window)))
+            made.append((i, _Spec(size, block, window, chunked=chunked and window is not None)))
     return made
 
 
 def _grow(spec: _Spec, page: int) -> _Spec:
     """A page made as large as the others': with more tokens where that goes up evenly, else padded."""
     if spec.state or page % spec.page:
-        return _Spec(page, spec.block, spec.window, spec.state)
-    return _Spec(page, spec.block * (page // spec.page), spec.window)
+        return replace(spec, page=page)
+    return replace(spec, page=page, block=spec.block * (page // spec.page))
 
 
 def _group(spec: _Spec, constants: EngineConstants) -> Group:
-    return Group(spec.block, spec.window, constants.state_blocks if spec.state else 0)
+    return Group(spec.block, spec.window, constants.state_blocks if spec.state else 0, spec.chunked)

@@ -206,6 +206,24 @@ def _whisper(a: Fields) -> list[Tensor]:
     ]
 
 
+def _glm4v(v: Fields, text: int) -> list[Tensor]:
+    """The towers of GLM-4.1V and 4.5V: gated layers without biases, four patches merged into a token."""
+    hidden, layers, merge = v.count("hidden_size"), v.count("depth"), v.count("spatial_merge_size", default=2)
+    patch, frames = v.count("patch_size", default=14), v.count("temporal_patch_size", default=2)
+    out, wide = v.count("out_hidden_size", default=text), v.count("intermediate_size")
+    places = (v.count("image_size", default=336) // patch) ** 2
+    return [
+        *_linear("visual.patch_embed", hidden, v.count("in_channels", default=3) * frames * patch * patch),
+        _plain("positions", places, hidden),
+        *_blocks("visual.blocks", hidden, out, layers, bias=False, gated=True, norm=1),
+        *_linear("visual.downsample", out, hidden * merge * merge),
+        *_linear("visual.merger.proj", out, out, bias=False),
+        *_linear("visual.merger.gate_up_proj", 2 * wide, out, bias=False),
+        *_linear("visual.merger.down_proj", out, wide, bias=False),
+        _plain("norm", 2 * hidden + 2 * out),
+    ]
+
+
 def _joint(outer: Fields, v: Fields, text: int, kind: str) -> list[Tensor]:
     """What brings a tower's output to the decoder's width."""
     hidden = v.count("hidden_size", default=1024)
@@ -221,6 +239,14 @@ def _joint(outer: Fields, v: Fields, text: int, kind: str) -> list[Tensor]:
         merge = outer.count("spatial_merge_size", default=2)
         made += _linear(f"{name}.merging_layer", hidden, hidden * merge * merge, bias=False)
         made.append(_plain("norm", hidden))
+    if kind in ("cohere2_vision", "lfm2_vl"):  # neighbours are put together first
+        shrunk = hidden * outer.count("downsample_factor", default=2) ** 2
+        inner = outer.count("alignment_intermediate_size", "projector_hidden_size", default=text)
+        gates = 2 if kind == "cohere2_vision" else 1
+        return [
+            *_linear(f"{name}.linear_1", inner, shrunk),
+            *_linear(f"{name}.linear_2", text, inner // gates),
+        ]
     if kind == "minimax_m3_vl":
         wide = outer.count("projector_hidden_size", default=text)
         return [
@@ -263,6 +289,8 @@ def _vision(f: Fields, v: Fields, text: int, kind: str) -> list[Tensor]:
         return _qwen(v, text, "qwen3_vl")
     if kind == "llama4":
         return _llama4(v, text)
+    if own.startswith("glm4v"):
+        return _glm4v(v, text)
     if own == "gemma4_vision" or kind == "gemma4":
         return _gemma4(v, text)
     if kind.startswith("kimi"):
