@@ -363,7 +363,7 @@ def _of_hub(ref: ModelRef, repo: str, known: Found | None) -> Found:
     except NotFoundError as error:
         raise _with_near(error, repo) from error
     except UnreachableError as error:
-        instead = _of_cache(ref) or known
+        instead = _of_cache(ref) or _of_downloads(ref, repo) or known
         if instead is None:
             raise _nothing_instead(error, repo) from error
         return _noted(instead, f"{_said(error)}; going on from {instead.source}")
@@ -412,6 +412,31 @@ def _of_cache(ref: ModelRef) -> Found | None:
     cache = _Cache(ref.repo)
     kept = cache.latest(ref.revision or "main")
     return None if kept is None else _described(ref, kept, f"what the hub said {cache.age(kept)} ago")
+
+
+def _of_downloads(ref: ModelRef, repo: str) -> Found | None:
+    """What huggingface_hub has downloaded of it; None: nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        path = try_to_load_from_cache(repo, "config.json", revision=ref.revision or "main")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(path, str):
+        return None
+    config = Path(path)
+    parameters, weight_bytes = _weights_in(config.parent)
+    return Found(
+        name=ref.alias or ref.title,
+        repo=repo,
+        revision=config.parent.name,
+        config=_read_config(config),
+        parameters=parameters,
+        weight_bytes=weight_bytes,
+        pipeline=None,
+        source=f"what was downloaded to {config.parent}",
+        quantization=_quantization_beside(config),
+    )
 
 
 def _described(ref: ModelRef, described: Described, source: str) -> Found:

@@ -88,6 +88,23 @@ def test_where_the_hub_is_down_what_it_said_before_is_used(hub: Hub) -> None:
     assert find("acme/model", online=False).config == CONFIG
 
 
+def test_where_the_hub_is_down_what_was_downloaded_is_used(hub: Hub, tmp_path: Path) -> None:
+    hub.status = 503
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    model = tmp_path / "hub" / "models--acme--here"
+    snapshot = model / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(COMMIT)
+    (snapshot / "config.json").write_text(json.dumps(CONFIG))
+    (snapshot / "model.safetensors").write_bytes(safetensors_of({"a": ("BF16", [100])}))
+    ask = "from gpuctl.configs import find; f = find('acme/here'); print(f.config, f.weight_bytes, f.notes)"
+    done = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True)
+    assert str(CONFIG) in done.stdout
+    assert " 200 " in done.stdout
+    assert "going on from what was downloaded" in done.stdout
+
+
 def test_where_the_hub_is_down_and_nothing_is_known(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.status = 500
     error = problem("acme/model")
