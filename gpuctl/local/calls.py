@@ -16,7 +16,7 @@ from modal_proto import api_pb2
 
 from gpuctl.local.ids import is_id, new_id
 from gpuctl.local.ledger import CallRow, Input, Ledger, input_id, parse_input_id, wait_on
-from gpuctl.local.pools import Pool, Worker
+from gpuctl.local.pools import Pool
 from gpuctl.local.wire import Call, conflict, empty, not_found, rpc, unimplemented
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gpuctl.local.logs import Logs
     from gpuctl.local.store import Deployment, Store
     from gpuctl.local.tasks import Task, Tasks
+    from gpuctl.local.workers import Worker
 
 log = logging.getLogger(__name__)
 

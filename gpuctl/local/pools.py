@@ -2,7 +2,7 @@
 
 A pool has what `ledger` wrote down, in memory: who waits, who is with which container. It starts containers by
 backlog, hands inputs out, gives inputs back to the queue when a container dies, retries, times out and cancels. As in
-`servers`, all decisions about containers are made in `_decide`, from what is there. Imports ledger, tasks, capacity.
+`servers`, all decisions about containers are made in `_decide`, from what is there. Imports ledger, tasks, workers.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import logging
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
-from gpuctl.local.capacity import Capacity, Need
 from gpuctl.local.ledger import Input, Ledger
-from gpuctl.local.servers import effective_settings
 from gpuctl.local.tasks import EXIT_HOOK_SECONDS, Task, Tasks, describe_exit
+from gpuctl.local.workers import Settings, Worker
 
 if TYPE_CHECKING:
+    from gpuctl.local.capacity import Capacity
     from gpuctl.local.functions import Functions
     from gpuctl.local.logs import Logs
     from gpuctl.local.store import Deployment, Function
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Status = api_pb2.GenericResult
-DEFAULT_SCALEDOWN_WINDOW = 60.0
-DEFAULT_TIMEOUT = 300.0
 MOST_CRASHES = (
     8  # containers that may die with one input, beside its retries; the client's own limit for the cloud
 )
@@ -45,79 +42,6 @@ _BACK_OFF_FIRST, _BACK_OFF_MOST = 0.25, 60.0
 _MOST_CRASH_STEPS = 3  # of doubling: an input that ends its containers is given up after a few anyway
 _TICK_SECONDS = 0.5
 _HEARTBEAT_SECONDS = 14.0  # the client expects an answer within 15
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a function runs: from its definition, with what was changed live since."""
-
-    timeout: float
-    startup_timeout: float
-    retries: int
-    initial_delay: float
-    backoff: float
-    max_delay: float
-    inputs_at_once: int  # that the plane counts on for one container
-    inputs_at_most: int  # that one container may have
-    single_use: bool
-    min_containers: int
-    max_containers: int  # 0: no limit of the function's own
-    buffer_containers: int
-    scaledown_window: float
-    need: Need
-
-    @classmethod
-    def of(cls, data: Any, override: bytes) -> Settings:
-        function = data.ranked_functions[0].function
-        scaling = effective_settings(data, override)
-        policy = function.retry_policy
-        target = function.target_concurrent_inputs or function.max_concurrent_inputs or 1
-        batch = max(function.batch_max_size, 1)
-        return cls(
-            timeout=float(function.timeout_secs or data.timeout_secs) or DEFAULT_TIMEOUT,
-            startup_timeout=float(
-                function.startup_timeout_secs or data.startup_timeout_secs or function.timeout_secs
-            )
-            or DEFAULT_TIMEOUT,
-            retries=policy.retries,
-            initial_delay=policy.initial_delay_ms / 1000,
-            backoff=policy.backoff_coefficient or 1.0,
-            max_delay=policy.max_delay_ms / 1000 or 60.0,
-            inputs_at_once=target * batch,
-            inputs_at_most=(function.max_concurrent_inputs or 1) * batch,
-            single_use=function.single_use_containers or function.max_inputs == 1,
-            min_containers=scaling.min_containers,
-            max_containers=scaling.max_containers,
-            buffer_containers=scaling.buffer_containers,
-            scaledown_window=float(scaling.scaledown_window) or DEFAULT_SCALEDOWN_WINDOW,
-            need=Need.of(function.resources),
-        )
-
-    def retry_delay(self, attempt: int) -> float:
-        """Seconds before the `attempt`th retry, counted from 1."""
-        return min(self.initial_delay * self.backoff ** (attempt - 1), self.max_delay)
-
-
-@dataclass(eq=False)
-class Worker:
-    """One container of a pool, and the inputs that it has."""
-
-    task: Task
-    inputs: dict[str, Input] = field(default_factory=dict)
-    asks: asyncio.Future[None] | None = None  # it waits for an input
-    born: float = field(default_factory=time.monotonic)
-    ready_at: float = 0.0  # when it asked for the first time
-    idle_since: float = 0.0
-    used: int = 0  # inputs that it was given
-    leaving: bool = False  # it gets no more inputs
-    waits: int = 0  # calls of its own that it waits for
-    cancels: list[str] = field(default_factory=list)  # inputs that it is still to be told to cancel
-    cancel_news: asyncio.Event = field(default_factory=asyncio.Event)
-    heeded: bool = False  # its death is no surprise: the plane ended it for an input that did not end
-
-    @property
-    def id(self) -> str:
-        return self.task.id
 
 
 class Pool:
@@ -325,7 +249,6 @@ class Pool:
         worker.inputs[item.id] = item
         if len(worker.inputs) == 1:
             self._capacity.idle(worker.id, False)
-        worker.used += 1
         self._last_input = time.monotonic()
 
     def _put_back(self, worker: Worker, items: list[Input]) -> None:

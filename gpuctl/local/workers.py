@@ -1,0 +1,90 @@
+"""What a pool knows of its function (Settings) and of each of its containers (Worker). Imports ledger, capacity."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.local.capacity import Need
+from gpuctl.local.servers import effective_settings
+
+if TYPE_CHECKING:
+    from gpuctl.local.ledger import Input
+    from gpuctl.local.tasks import Task
+
+DEFAULT_SCALEDOWN_WINDOW = 60.0
+DEFAULT_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a function runs: from its definition, with what was changed live since."""
+
+    timeout: float
+    startup_timeout: float
+    retries: int
+    initial_delay: float
+    backoff: float
+    max_delay: float
+    inputs_at_once: int  # that the plane counts on for one container
+    inputs_at_most: int  # that one container may have
+    single_use: bool
+    min_containers: int
+    max_containers: int  # 0: no limit of the function's own
+    buffer_containers: int
+    scaledown_window: float
+    need: Need
+
+    @classmethod
+    def of(cls, data: Any, override: bytes) -> Settings:
+        function = data.ranked_functions[0].function
+        scaling = effective_settings(data, override)
+        policy = function.retry_policy
+        target = function.target_concurrent_inputs or function.max_concurrent_inputs or 1
+        batch = max(function.batch_max_size, 1)
+        return cls(
+            timeout=float(function.timeout_secs or data.timeout_secs) or DEFAULT_TIMEOUT,
+            startup_timeout=float(
+                function.startup_timeout_secs or data.startup_timeout_secs or function.timeout_secs
+            )
+            or DEFAULT_TIMEOUT,
+            retries=policy.retries,
+            initial_delay=policy.initial_delay_ms / 1000,
+            backoff=policy.backoff_coefficient or 1.0,
+            max_delay=policy.max_delay_ms / 1000 or 60.0,
+            inputs_at_once=target * batch,
+            inputs_at_most=(function.max_concurrent_inputs or 1) * batch,
+            single_use=function.single_use_containers or function.max_inputs == 1,
+            min_containers=scaling.min_containers,
+            max_containers=scaling.max_containers,
+            buffer_containers=scaling.buffer_containers,
+            scaledown_window=float(scaling.scaledown_window) or DEFAULT_SCALEDOWN_WINDOW,
+            need=Need.of(function.resources),
+        )
+
+    def retry_delay(self, attempt: int) -> float:
+        """Seconds before the `attempt`th retry, counted from 1."""
+        return min(self.initial_delay * self.backoff ** (attempt - 1), self.max_delay)
+
+
+@dataclass(eq=False)
+class Worker:
+    """One container of a pool, and the inputs that it has."""
+
+    task: Task
+    inputs: dict[str, Input] = field(default_factory=dict)
+    asks: asyncio.Future[None] | None = None  # it waits for an input
+    born: float = field(default_factory=time.monotonic)
+    ready_at: float = 0.0  # when it asked for the first time
+    idle_since: float = 0.0
+    leaving: bool = False  # it gets no more inputs
+    waits: int = 0  # calls of its own that it waits for
+    cancels: list[str] = field(default_factory=list)  # inputs that it is still to be told to cancel
+    cancel_news: asyncio.Event = field(default_factory=asyncio.Event)
+    heeded: bool = False  # its death is no surprise: the plane ended it for an input that did not end
+
+    @property
+    def id(self) -> str:
+        return self.task.id
