@@ -316,15 +316,26 @@ def _nothing_to_choose(case: _Case, assessment: Assessment) -> GpuctlError:
 
 
 def _fix(case: _Case, changes: Sequence[Change]) -> str:
-    """The cheapest change that helps, as the whole command."""
+    """The cheapest change that keeps model and context, as the whole command; what is cheaper still, after it."""
     if not changes:
         return "nothing that Modal has would hold it: take another model"
-    change = changes[0]
-    line = command(
+    same = [change for change in changes if change.model is None and change.context is None]
+    change = (same or list(changes))[0]
+    said = f"{_changed(case, change)}  # fits: {change.what}{_an_hour(change)}"
+    if change is not changes[0]:
+        said += f"; cheaper: {_changed(case, changes[0])}{_an_hour(changes[0])}"
+    return said
+
+
+def _changed(case: _Case, change: Change) -> str:
+    return command(
         case.argv, case.spec, gpu=str(change.gpu), model=change.model, max_model_len=change.context
     )
+
+
+def _an_hour(change: Change) -> str:
     price = change.candidate.usd_per_hour
-    return f"{line}  # fits: {change.what}" + ("" if price is None else f", ${price:.2f} an hour")
+    return "" if price is None else f", ${price:.2f} an hour"
 
 
 def command(

@@ -133,6 +133,13 @@ def test_what_cannot_fit_is_refused_with_the_fix() -> None:
     assert "--force deploys it as it is" in said
 
 
+def test_the_fix_keeps_the_model_and_tells_what_is_cheaper() -> None:
+    error = refused(model="qwen3-32b", gpu="L40S", argv=["serve", "qwen3-32b", "--gpu", "L40S"])
+    fix, _, said = (error.hint or "").partition("  # ")
+    assert fix.startswith("gpuctl serve qwen3-32b --gpu ")
+    assert "cheaper: gpuctl serve qwen3-32b-fp8 --gpu " in said
+
+
 def test_the_fix_works(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["serve", "qwen3-32b", "--gpu=L4:2", "--max-model-len", "40960", "--dry-run"]
     assert main(argv) == 2
