@@ -37,6 +37,10 @@ ELEMENT_BYTES = {
     "uint8": 2,
 }
 
+# Layers of an ordinary decoder, as `layer_types` has them; what a sparse one leaves out is not left out of the cache.
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "deepseek_sparse_attention"}
+_STRETCH = 10_000  # how much longer than trained a context can be made: no model is near
+
 
 @dataclass(frozen=True)
 class Style:
@@ -379,6 +383,8 @@ def mixture(f: Fields, count: int, hidden: int, inner: int) -> Mixture | None:
     """The experts, as the many names for them have it; None in a dense model."""
     experts = f.number("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     if experts < 2:
+        if f.has("num_experts_per_tok", "moe_intermediate_size") and "moe" in f.text("model_type").lower():
+            f.count("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
         return None
     active = f.count(
         "num_experts_per_tok",
@@ -390,7 +396,7 @@ def mixture(f: Fields, count: int, hidden: int, inner: int) -> Mixture | None:
     )
     if active > experts:
         raise f.wrong("num_experts_per_tok", active, f"no more than the {experts} experts can be taken")
-    width = f.number(
+    width = f.count(
         "moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size", default=inner
     )
     shared = f.number(
@@ -438,6 +444,19 @@ def _sparse_layers(f: Fields, count: int) -> list[int]:
     return [i for i in range(first, count) if i % step == 0 or step == 1]
 
 
+def _dtype(f: Fields) -> str:
+    """In which format the weights are, but for what is quantised; "" where that is left open."""
+    for name in ("torch_dtype", "dtype"):
+        value = f.get(name)
+        if value is None or value in ("", "auto"):
+            continue
+        bare = value.removeprefix("torch.") if isinstance(value, str) else ""
+        if bare not in ELEMENT_BYTES:
+            raise f.wrong(name, value, f"one of {', '.join(ELEMENT_BYTES)} is needed")
+        return bare
+    return ""
+
+
 def windows(f: Fields, style: Style, count: int) -> list[int | None]:
     """The sliding window of each layer, None where it attends to everything."""
     size = f.number("sliding_window") or None
@@ -448,7 +467,16 @@ def windows(f: Fields, style: Style, count: int) -> list[int | None]:
         size = f.number("attention_chunk_size") or None
         turned = f.items("no_rope_layers") or [(i + 1) % 4 for i in range(count)]
         return [size if i < len(turned) and turned[i] else None for i in range(count)]
-    if kinds is not None and len(kinds) >= count:
+    if kinds is not None:
+        if len(kinds) < count:
+            raise f.wrong("layer_types", kinds, f"one for each of the {count} layers is needed")
+        strange = {str(kind) for kind in kinds[:count]} - _KINDS
+        if strange:
+            raise UnknownFamilyError(
+                f"{f.what}: {f.path('layer_types')}: gpuctl knows no layer of the kind {min(strange)!r}"
+            )
+        if "sliding_attention" in kinds[:count]:
+            size = f.count("sliding_window")
         return [size if kind == "sliding_attention" else None for kind in kinds[:count]]
     pattern = style.pattern
     if size is None or not pattern:
@@ -462,6 +490,8 @@ def windows(f: Fields, style: Style, count: int) -> list[int | None]:
         return [size if i % 2 == 0 else None for i in range(count)]
     if pattern == "mimo":
         hybrid = f.items("hybrid_layer_pattern") or []
+        if len(hybrid) < count:
+            raise f.wrong("hybrid_layer_pattern", hybrid, f"one for each of the {count} layers is needed")
         return [size if one else None for one in hybrid[:count]]
     if pattern == "exaone4":
         letters = f.text("sliding_window_pattern") or "LLLG"
@@ -494,7 +524,10 @@ def rotary(f: Fields, width: int, context: int) -> list[Tensor]:
 def _rows(f: Fields, scaling: Mapping[str, object], context: int) -> int:
     """Positions that a rotary embedding has a row for."""
     kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
-    factor = factor if isinstance(factor, int | float) and factor > 0 else 1
+    if factor is None:
+        factor = 1
+    elif isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= _STRETCH:
+        raise f.wrong("rope_scaling.factor", factor, f"a number above 0 and up to {_STRETCH:,} is needed")
     original = scaling.get("original_max_position_embeddings", f.get("original_max_position_embeddings"))
     if scaling.get("mrope_section"):  # of images and films: four times the positions
         return 4 * context
@@ -804,7 +837,7 @@ def build(config: Mapping[str, object], what: str, quantization: Mapping[str, ob
         )
     parts = builders.get(kind, decoder)(text, style or Style())
     beside = towers.build(f, parts.hidden) if text is not f or f.has("vision_config") else []
-    dtype = text.text("torch_dtype", "dtype") or f.text("torch_dtype", "dtype")
+    dtype = _dtype(text) or _dtype(f)
     stored = formats.read(f, text, quantization)
     return Architecture(
         model_type=model_type,

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _ABSURD = 10**8  # no count, width or context of a model is as large
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_MANY_LAYERS = 10_000
+# Fields that nobody has ever used for anything but an object.
+_TABLES = ("quantization_config", "compression_config", "text_config", "vision_config", "rope_scaling")
 
 
 class Fields:
@@ -100,8 +104,10 @@ class Fields:
         return list(value)
 
     def table(self, name: str) -> Mapping[str, object] | None:
-        """The table of that name, as it is."""
+        """The table of that name, as it is; None where there is none."""
         value = self.get(name)
+        if value is not None and not isinstance(value, dict) and name in _TABLES:
+            raise self.wrong(name, value, "an object is needed")
         return value if isinstance(value, dict) else None
 
     def below(self, *names: str, defaults: Mapping[str, object] | None = None) -> Fields | None:
@@ -123,8 +129,8 @@ class Fields:
         return f"{self.inside}.{name}" if self.inside else name
 
     def _whole(self, name: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
             raise self.wrong(name, value, "a whole number is needed")
-        if abs(value) >= _ABSURD:
+        if abs(value) >= (_MANY_LAYERS if name in _LAYERS else _ABSURD):
             raise self.wrong(name, value, "no model has one as large")
         return int(value)

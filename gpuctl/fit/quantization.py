@@ -174,12 +174,21 @@ def _fp8(table: Fields) -> Quantization:
     block = table.items("weight_block_size")
     ignored = _names(table, "modules_to_not_convert", "ignored_layers", "ignore")
     if block:
-        rows, columns = (one if isinstance(one, int) and one > 0 else 128 for one in block[:2])
+        rows, columns = _block(table, "weight_block_size", block)
         ue8m0 = table.text("scale_fmt") == "ue8m0"
         scheme = Scheme("fp8", 8, columns, rows, scale_bits=8 if ue8m0 and rows == 1 else 32)
     else:
         scheme = FP8
     return Quantization("fp8", scheme, (*ignored, "lm_head"))
+
+
+def _block(table: Fields, name: str, block: object) -> tuple[int, int]:
+    """Rows and columns of a block that shares a scale."""
+    if isinstance(block, list | tuple) and len(block) == 2:
+        rows, columns = block
+        if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
+            return rows, columns
+    raise table.wrong(name, block, "two numbers of at least 1 are needed")
 
 
 def _fbgemm(table: Fields) -> Quantization:
@@ -303,6 +312,8 @@ def _groups(table: Fields) -> tuple[Scheme | None, tuple[Rule, ...]]:
             raise table.wrong("config_groups", group, "a table for each group is needed")
         scheme = _scheme(table, group, name)
         targets = group.get("targets") or ["Linear"]
+        if not isinstance(targets, list | tuple):
+            raise table.wrong(f"config_groups.{name}.targets", targets, "a list is needed")
         named = tuple(str(t) for t in targets if t not in ("Linear", "FusedMoE", "MoEGMM"))
         if named:
             rules.append(Rule(named, scheme))
@@ -326,8 +337,12 @@ def _scheme(table: Fields, group: Mapping[str, object], name: str) -> Scheme | N
         return NVFP4 if size == 16 or "nvfp4" in style else MXFP4
     if kind == "float":
         if strategy == "block":
-            block = weights.get("block_structure") or [128, 128]
-            return Scheme("fp8", 8, group=int(block[1]), rows=int(block[0]))
+            rows, columns = _block(
+                table,
+                f"config_groups.{name}.weights.block_structure",
+                weights.get("block_structure") or [128, 128],
+            )
+            return Scheme("fp8", 8, group=columns, rows=rows)
         if size == 32:
             return MXFP8
         return FP8 if strategy == "tensor" else FP8_ROWS

@@ -366,6 +366,14 @@ def _by_weight(facts: ModelFacts, card: Card, count: int, ask: Ask, constants: E
             card.name, count, Verdict.UNKNOWN, "neither its shapes nor the size of its weights is known"
         )
     if facts.kind in ("llm", "vision"):
+        if facts.weight_bytes > card.memory_bytes * count and not ask.quantization:
+            return Candidate(
+                card.name,
+                count,
+                Verdict.NO,
+                f"its weights alone, {facts.weight_bytes / GIB:.1f} GiB, are more than the GPUs have",
+                usd_per_hour=price,
+            )
         return Candidate(
             card.name,
             count,

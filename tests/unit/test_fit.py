@@ -119,3 +119,49 @@ def test_cards_without_a_switch_between_them_make_no_buffers_for_it() -> None:
     )
     assert judged.per_gpu
     assert judged.per_gpu.kv_cache / GIB == pytest.approx(4.1, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000: no model has one as large"),
+        ({"hidden_size": float("inf")}, "hidden_size is inf: a whole number is needed"),
+        ({"torch_dtype": "x"}, "torch_dtype is 'x': one of float32"),
+        ({"dtype": 16}, "dtype is 16: one of float32"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e308}}, "rope_scaling.factor is 1e+308"),
+        ({"rope_scaling": 7}, "rope_scaling is 7: an object is needed"),
+        ({"layer_types": ["full_attention"]}, "layer_types is ['full_attention']: one for each of the 32"),
+        ({"layer_types": ["foo"] * 32}, "gpuctl knows no layer of the kind 'foo'"),
+        ({"layer_types": ["sliding_attention"] * 32, "sliding_window": 0}, "sliding_window is 0"),
+        ({"quantization_config": "fp8"}, "quantization_config is 'fp8': an object is needed"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": ["a"]}},
+            "quantization_config.weight_block_size is ['a']: two numbers",
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"g": {"targets": 1, "weights": {"num_bits": 8}}},
+                }
+            },
+            "quantization_config.config_groups.g.targets is 1: a list is needed",
+        ),
+        ({"model_type": "qwen3_moe", "num_experts_per_tok": 8}, "num_experts is missing"),
+        ({"model_type": "qwen3_moe", "num_experts_per_tok": 8, "num_experts": 0}, "num_experts is 0"),
+    ],
+)
+def test_an_absurd_field_is_named_and_never_a_bug(changed: dict[str, object], said: str) -> None:
+    with pytest.raises(GpuctlError) as error:
+        facts({**LLAMA_3_1_8B, **changed})
+    assert said in error.value.problems[0]
+
+
+def test_weights_that_no_card_holds_are_a_certain_no() -> None:
+    model = ModelFacts("big", None, None, None, 150 * GIB, "llm", None, "the hub")
+    judged = judge(model, H100, 1, Ask(engine_version="0.32.0"), engine_constants("0.32.0"))
+    assert judged.verdict is Verdict.NO
+    assert (
+        judge(model, H100, 2, Ask(engine_version="0.32.0"), engine_constants("0.32.0")).verdict
+        is Verdict.UNKNOWN
+    )
