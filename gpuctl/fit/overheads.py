@@ -23,6 +23,7 @@ _LARGE = (
     70 * GIB
 )  # cards from here on get the large defaults, an A100 excepted (EngineArgs.get_batch_defaults)
 _HUGE = 160 * GIB
+_LEAST_REQUESTS = 256  # at once, of the smaller cards
 _LAYER_WIDTHS = (
     3  # tensors of the model's width alive in a feed-forward layer: its input, output and the residual
 )
@@ -79,12 +80,14 @@ class Batch:
 
 def batch(card: Card, ask: Ask, constants: EngineConstants, context: int) -> Batch:
     """What vLLM defaults to on a card when serving (`EngineArgs.get_batch_defaults`), capped by the context."""
-    tokens, requests = 2048, 256
+    tokens, requests = 2048, _LEAST_REQUESTS
     if card.memory_bytes >= _LARGE and not card.name.upper().startswith("A100"):
         tokens, requests = 8192, 1024
         if card.memory_bytes >= _HUGE:
             tokens = constants.huge_batch
-    requests = ask.max_num_seqs or requests
+    asked = ask.max_num_seqs
+    if asked is not None:  # more than any card's least default only ever adds to a default
+        requests = asked if asked <= _LEAST_REQUESTS else max(requests, asked)
     if ask.max_num_batched_tokens is not None:
         return Batch(ask.max_num_batched_tokens, min(requests, ask.max_num_batched_tokens))
     tokens = max(1, min(tokens, requests * context))

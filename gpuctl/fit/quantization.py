@@ -114,6 +114,16 @@ def on_the_fly(method: str) -> Quantization | None:
     return None if scheme is None else Quantization(method, scheme, ignored=("lm_head",))
 
 
+def goes_as(stored: str, asked: str) -> bool:
+    """Whether the engine takes another name for how a checkpoint is stored: another kernel for the same format.
+
+    Any other is refused when it starts (vLLM, `ModelConfig._verify_quantization`).
+    """
+    kernels = {"gptq": {"moe_wna16"}, "awq": {"moe_wna16"}, "modelopt": {"modelopt_fp4", "modelopt_mixed"}}
+    plain = stored.removesuffix("_marlin")
+    return asked.removesuffix("_marlin") == plain or asked in kernels.get(plain, set())
+
+
 def read(f: Fields, text: Fields, separate: Mapping[str, object] | None) -> Quantization | None:
     """How the weights are stored, from the configuration, its text part, or hf_quant_config.json."""
     from gpuctl.fit.fields import Fields as Table

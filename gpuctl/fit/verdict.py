@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gpuctl.fit.values import Ask, Card, ModelFacts
 
 PLANNED_CONTEXT = 4096  # tokens, where none was asked for
+_HALF = 2  # bytes
 _ELEMENT_BYTES = {"float32": 4, "float": 4}
 _BFLOAT16 = (8, 0)  # the least compute capability that has bfloat16
 _DISAGREE = 0.03  # between what the shapes and what the files say, from which on the files count
@@ -152,6 +153,11 @@ def _plan(
     if ask.quantization and (stored is None or stored.method != ask.quantization):
         made = quantization.on_the_fly(ask.quantization)
         if stored is not None:
+            if not quantization.goes_as(stored.method, ask.quantization):
+                return answer(
+                    Verdict.NO,
+                    f"the weights are {stored.method}: the engine refuses {ask.quantization!r} for them",
+                )
             assumptions.append(
                 f"the weights are {stored.method} already; {ask.quantization!r} changes nothing"
             )
@@ -347,6 +353,8 @@ def _with_speed(
         concurrency=min(ask.concurrency, found.max_concurrency),
         context=plan.context,
     )
+    if plan.element > _HALF:  # no source says how fast a card multiplies 32 bits
+        return found
     cost = None
     if price is not None and speed.decode:
         cost = price / 3600 / speed.decode * 1e6

@@ -165,3 +165,33 @@ def test_weights_that_no_card_holds_are_a_certain_no() -> None:
         judge(model, H100, 2, Ask(engine_version="0.32.0"), engine_constants("0.32.0")).verdict
         is Verdict.UNKNOWN
     )
+
+
+def test_a_quantisation_that_the_weights_do_not_have_is_refused() -> None:
+    fp8 = facts({**QWEN3_8B, "quantization_config": {"quant_method": "fp8"}})
+    constants = engine_constants("0.32.0")
+    ask = Ask(context=4096, engine_version="0.32.0")
+    judged = judge(fp8, H100, 1, dataclasses.replace(ask, quantization="awq"), constants)
+    assert judged.verdict is Verdict.NO
+    assert "the engine refuses 'awq'" in judged.reason
+    assert (
+        judge(fp8, H100, 1, dataclasses.replace(ask, quantization="fp8"), constants).verdict is Verdict.FITS
+    )
+
+
+def test_more_requests_at_once_never_take_less() -> None:
+    constants = engine_constants("0.32.0")
+    taken = []
+    for many in (None, 257, 900, 1024, 1025, 3000):
+        ask = Ask(context=4096, engine_version="0.32.0", max_num_seqs=many)
+        judged = judge(facts(QWEN3_8B), H100, 1, ask, constants)
+        assert judged.per_gpu
+        taken.append(judged.per_gpu.activation)
+    assert taken == sorted(taken)
+
+
+def test_no_speed_is_told_of_32_bits() -> None:
+    ask = Ask(context=4096, engine_version="0.32.0", dtype="float32")
+    judged = judge(facts(QWEN3_8B), H100, 1, ask, engine_constants("0.32.0"))
+    assert judged.verdict is Verdict.FITS
+    assert judged.decode_tokens_per_s is None
