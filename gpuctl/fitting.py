@@ -73,6 +73,11 @@ class Assessment:
         return tuple(one for one in self.candidates if one.verdict in (Verdict.FITS, Verdict.TIGHT))
 
     @property
+    def open(self) -> bool:
+        """Whether of one of them it is not known."""
+        return any(one.verdict is Verdict.UNKNOWN for one in self.candidates)
+
+    @property
     def unfit(self) -> tuple[Candidate, ...]:
         """Those with which it would not."""
         return tuple(one for one in self.candidates if one.verdict is Verdict.NO)
@@ -346,6 +351,7 @@ def assess(
         )
         if pick is not None:  # something starts: only what fits all of it is a change for the better
             changes = [change for change in changes if change.candidate.verdict is Verdict.FITS]
+    why = _why(pick, candidates, named=request is not None)
     if drop_unfit:
         candidates = [one for one in candidates if one.verdict is not Verdict.NO]
     return Assessment(
@@ -354,7 +360,7 @@ def assess(
         planned=concurrency is None,
         candidates=tuple(candidates),
         pick=pick,
-        why=_why(pick, candidates, named=request is not None),
+        why=why,
         changes=tuple(changes),
     )
 
@@ -458,7 +464,7 @@ def document(one: Candidate) -> dict[str, Any]:
         "kv_cache_tokens": one.kv_cache_tokens,
         "max_context": one.max_context,
         "max_concurrency": one.max_concurrency,
-        "usd_per_hour": one.usd_per_hour,
+        "usd_per_hour": None if one.usd_per_hour is None else round(one.usd_per_hour, 6),
         "decode_tokens_per_s": one.decode_tokens_per_s,
         "prefill_tokens_per_s": one.prefill_tokens_per_s,
         "usd_per_million_tokens": one.usd_per_million_tokens,
@@ -519,7 +525,11 @@ def _why(pick: Candidate | None, candidates: Sequence[Candidate], *, named: bool
     if pick is None:
         if any(one.verdict is Verdict.UNKNOWN for one in candidates):
             return "whether it fits is not known"
-        return "nothing fits" if candidates else "there is no such choice of GPUs"
+        if not candidates:
+            return "there is no such choice of GPUs"
+        return (
+            f"nothing fits: on {spelled(candidates[0])}, {candidates[0].reason}" if named else "nothing fits"
+        )
     if pick.verdict is Verdict.TIGHT and len(candidates) == 1:
         return f"it starts, but {pick.reason}"
     if pick.verdict is Verdict.TIGHT:

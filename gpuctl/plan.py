@@ -85,7 +85,7 @@ def plan_serve(
     else:
         from gpuctl.verdicts import settle
 
-        settled = settle(spec, found, rates or _list_prices(), argv=list(command))
+        settled = settle(spec, found, rates or _list_prices(), argv=with_target(argv, spec.target))
         spec, head, said = settled.spec, settled.head, settled.notes
         warnings, candidates = settled.warnings, settled.candidates
     if revision is not None:
@@ -139,11 +139,9 @@ def _list_prices() -> Rates:
 
 def command_of(argv: Sequence[str], target: Target) -> Iterator[str]:
     """The command without what only says how to show it, and with the target that the environment gave."""
-    words = list(argv)
+    words = with_target(argv, target)
     end = words.index("--") if "--" in words else len(words)
     own, engines = words[:end], words[end:]
-    if target is Target.LOCAL and "--local" not in own:
-        own.insert(1, "--local")
     rest = iter(own)
     for word in rest:
         if word in _ONLY_TALK_WITH_VALUE:
@@ -151,6 +149,15 @@ def command_of(argv: Sequence[str], target: Target) -> Iterator[str]:
         elif word not in _ONLY_TALK and word.partition("=")[0] not in _ONLY_TALK_WITH_VALUE:
             yield word
     yield from engines
+
+
+def with_target(argv: Sequence[str], target: Target) -> list[str]:
+    """The command as it was typed, with the target that the environment gave."""
+    words = list(argv)
+    own = words[: words.index("--")] if "--" in words else words
+    if target is Target.LOCAL and "--local" not in own:
+        words.insert(1, "--local")
+    return words
 
 
 def _notes(spec: ServeSpec) -> Iterator[str]:

@@ -203,7 +203,10 @@ def _named(case: _Case, request: GpuRequest) -> Settled:
         dropped = [f"--drop-unfit: without {spelled(one)}: {one.reason}" for one in unfit]
         return dataclasses.replace(settled, notes=(*dropped, *settled.notes))
     settled = _kept(case, request, [one for _, one in pairs if one not in unfit])
-    forced = [f"--force: {case.facts.name} does not fit on {spelled(one)}: {one.reason}" for one in unfit]
+    forced = [
+        f"--force: {case.facts.name} does not fit on {spelled(one)}{_taken_for(one)}: {one.reason}"
+        for one in unfit
+    ]
     return dataclasses.replace(settled, warnings=(*forced, *settled.warnings))
 
 
@@ -290,12 +293,19 @@ def _line(case: _Case, one: Candidate) -> str:
 
 def _refused(case: _Case, assessment: Assessment, kept: Sequence[GpuChoice]) -> GpuctlError:
     problems = [
-        f"--gpu: {case.facts.name} does not fit on {spelled(one)}: {one.reason}" for one in assessment.unfit
+        f"--gpu: {case.facts.name} does not fit on {spelled(one)}{_taken_for(one)}: {one.reason}"
+        for one in assessment.unfit
     ]
     if kept:
         fix = command(case.argv, case.spec, gpu=",".join(map(str, kept)))
         return usage_error(problems, hint=f"{fix}  # what --drop-unfit leaves; --force deploys it as it is")
     return usage_error(problems, hint=_fix(case, assessment.changes) + "; --force deploys it as it is")
+
+
+def _taken_for(one: Candidate) -> str:
+    """What a GPU that Modal chooses among several was taken for."""
+    said = next((text for text in one.assumptions if text.startswith(f"{one.gpu}: assumed ")), None)
+    return "" if said is None else f" ({said.removeprefix(f'{one.gpu}: ')})"
 
 
 def _nothing_to_choose(case: _Case, assessment: Assessment) -> GpuctlError:

@@ -163,9 +163,42 @@ class Console:
         print(json_module.dumps(document, indent=2), file=self._out, flush=True)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Columns wide enough for their content, two spaces apart: for eyes, `awk` and `column` alike."""
+        """Columns wide enough for their content, two spaces apart: for eyes, `awk` and `column` alike.
+
+        On a terminal that is narrower, a paragraph for each row.
+        """
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        if self._out.isatty():
+            import shutil
+
+            columns = shutil.get_terminal_size().columns
+            if sum(widths) + 2 * (len(widths) - 1) > columns:
+                for row in rows:
+                    for line in _paragraph(header, row, columns):
+                        self.answer(line)
+                return
         for row in (header, *rows):
             self.answer(
                 "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             )
+
+
+def _paragraph(header: Sequence[str], row: Sequence[str], columns: int) -> Iterator[str]:
+    """A row of a table for a narrow terminal: its first cell, below it the others, each behind its column's name."""
+    import textwrap
+
+    yield row[0]
+    line = ""
+    for name, cell in zip(header[1:], row[1:], strict=True):
+        pair = f"{name} {cell}"
+        if line and len(line) + 2 + len(pair) > columns:
+            yield line
+            line = ""
+        line = f"{line}  {pair}" if line else f"  {pair}"
+        if len(line) > columns:
+            yield from textwrap.wrap(
+                pair, max(columns, 20), initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+            )
+            line = ""
+    if line:
+        yield line

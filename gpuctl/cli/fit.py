@@ -147,10 +147,10 @@ def _show(spec: FitSpec, assessment: Assessment, prices: str, console: Console) 
         say(_about_ask(spec, assessment))
     console.answer("")
     shown = _few(assessment) if spec.gpu is None else list(assessment.candidates)
-    for line in lines(shown, width=width, unicode=unicode):
-        console.answer(line)
-    console.answer("")
     if shown:
+        for line in lines(shown, width=width, unicode=unicode):
+            console.answer(line)
+        console.answer("")
         say(legend(unicode=unicode))
     for assumption in dict.fromkeys(said for one in shown for said in one.assumptions):
         say(f"Note: {assumption}.")
@@ -159,7 +159,7 @@ def _show(spec: FitSpec, assessment: Assessment, prices: str, console: Console) 
     say(f"Prices: {prices}.")
     console.answer("")
     say(_conclusion(spec, assessment))
-    if assessment.pick is None and assessment.unfit and not assessment.changes:
+    if assessment.pick is None and not assessment.changes and not assessment.open:
         say("No other GPU of Modal, number of them, quantised build or context would make it fit.")
     for i, change in enumerate(assessment.changes):
         price = (
@@ -217,7 +217,7 @@ def _conclusion(spec: FitSpec, assessment: Assessment) -> str:
 
     pick = assessment.pick
     if pick is None:
-        return f"{assessment.why.capitalize()}."
+        return f"{assessment.why[:1].upper()}{assessment.why[1:]}."
     price = "" if pick.usd_per_hour is None else f", ${pick.usd_per_hour:.2f} an hour"
     text = f"Take {named(pick)}{price}: {assessment.why}."
     unfit = [named(one) for one in assessment.candidates if one.verdict is Verdict.NO]
@@ -312,5 +312,5 @@ def _change_document(spec: FitSpec, change: Change) -> dict[str, Any]:
         "command": _command(spec, change),
         "gpu": change.candidate.gpu,
         "count": change.candidate.count,
-        "usd_per_hour": change.candidate.usd_per_hour,
+        "usd_per_hour": None if (usd := change.candidate.usd_per_hour) is None else round(usd, 6),
     }

@@ -70,7 +70,7 @@ def models(
         console.table(HEADER, [cells(model) for model in found])
     if not found:
         near = nearest(query) if query else []
-        advice = f"; did you mean {' or '.join(near)}?" if near else ""
+        advice = f"; did you mean {' or '.join(near)}?" if near else "."
         console.say(
             f"no model of the catalogue is like that{advice} Any org/name of Hugging Face can be served, too."
         )

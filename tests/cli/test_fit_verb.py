@@ -182,6 +182,19 @@ def test_where_nothing_helps_that_is_said(
     assert asked(capsys, str(huge))["change"] is None
 
 
+def test_nothing_is_left_of_what_does_not_fit(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", config, "--gpu", "T4", "--drop-unfit"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing fits: on T4, weights and overheads are " in said
+    assert "VERDICT" not in said
+    assert asked(capsys, config, "--gpu", "T4", "--drop-unfit")["candidates"] == []
+
+
+def test_prices_are_rounded(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    document = asked(capsys, config, "--gpu", "L40S,L4:2")
+    assert [one["usd_per_hour"] for one in document["candidates"]] == [1.9512, 1.5984]
+
+
 def test_the_table_of_a_pipe_is_plain(config: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "gpuctl", "fit", config], capture_output=True, text=True, check=True

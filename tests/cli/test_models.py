@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,3 +239,23 @@ def test_a_file_that_is_no_text(capsys: pytest.CaptureFixture[str], own: Path) -
     code, _, err = gpuctl(capsys, "models")
     assert code == 2
     assert f"{own}: cannot be read" in err
+
+
+def test_a_table_that_is_wider_than_the_terminal_is_told_in_paragraphs() -> None:
+    leader, follower = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "gpuctl", "models", "qwen3-vl"],
+        stdout=follower,
+        env={**os.environ, "COLUMNS": "60"},
+    )
+    os.close(follower)
+    said = b""
+    with contextlib.suppress(OSError):  # the child has ended
+        while piece := os.read(leader, 4096):
+            said += piece
+    os.close(leader)
+    assert child.wait(30) == 0
+    lines = said.decode().splitlines()
+    assert max(map(len, lines)) <= 60
+    assert "qwen3-vl-8b" in lines
+    assert "  KIND vision  REPO Qwen/Qwen3-VL-8B-Instruct  REVISION main" in lines

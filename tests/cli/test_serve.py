@@ -123,7 +123,7 @@ def test_an_unwritable_file_is_refused_and_nothing_is_left(
         (["acme/unheard-of", "--dry-run"], "--gpu auto: cannot choose for acme/unheard-of"),
         (["qwen3", "--gpu", "T4"], "--gpu: qwen3 does not fit on T4: "),
         (["qwen3", "--gpu", "H100,T4"], "--gpu: qwen3 does not fit on T4: "),
-        (["qwen3", "--gpu", "any"], "--gpu: qwen3 does not fit on any: "),
+        (["qwen3", "--gpu", "any"], "--gpu: qwen3 does not fit on any (assumed T4, "),
         (["qwen3-32b", "--gpu", "T4", "--drop-unfit"], "--gpu: qwen3-32b does not fit on T4"),
         (["qwen3", "--max-model-len", "40961"], "--max-model-len: 40,961 tokens are more than the 40,960"),
         (["qwen3", "--gpu", "H1000"], "did you mean H100"),

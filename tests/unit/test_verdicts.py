@@ -146,8 +146,15 @@ def test_the_fix_works(capsys: pytest.CaptureFixture[str]) -> None:
     hint = capsys.readouterr().err.partition("hint: ")[2]
     program, *words = shlex.split(hint, comments=True)
     assert program == "gpuctl"
-    assert "--dry-run" not in words
-    assert main([*words, "--dry-run"]) == 0
+    assert "--dry-run" in words  # what was asked without paying is not answered by a command that pays
+    assert main(words) == 0
+
+
+def test_a_refusal_says_what_the_gpu_was_taken_for() -> None:
+    assert "on any (assumed T4, the smallest GPU that Modal may give): " in str(refused(gpu="any"))
+    assert "on T4: " in str(refused(gpu="T4"))
+    made = plan(gpu="any", force=True)
+    assert any("on any (assumed T4" in text for text in made.warnings)
 
 
 def test_of_several_the_unfit_are_named_and_may_be_dropped() -> None:
