@@ -134,11 +134,10 @@ class Architecture:
 
     `family` is "dense", "moe", "latent", "hybrid" or "multimodal". `heads` are the attention heads that tensor
     parallelism has to divide. `first` are the tensors before the layers (embeddings), `last` those after them;
-    `beside` those of towers (vision, audio). `image_bytes` are what the engine holds of images while it
-    profiles, for each token of the batch. `stored_bytes` is the size of an element in the
-    files; `drafts` are layers for speculation that are in the files and that the engine does not load unless asked
-    (MTP). `known` is False where the model's type is not one of those built here: then
-    the shapes are those that its fields would mean in an ordinary model, and `assumptions` say so.
+    `beside` those of towers (vision, audio). `image_bytes` are what the engine holds of images while it profiles, for
+    each token of the batch. `drafts` are layers for speculation that are in the files and that the engine does not
+    load unless asked (MTP). `known` is False where the model's type is not one of those built here: then the shapes
+    are those that its fields would mean in an ordinary model, and `assumptions` say so.
     """
 
     model_type: str
@@ -157,7 +156,6 @@ class Architecture:
     experts: Experts | None = None
     quantization: Quantization | None = None
     image_bytes: int = 0
-    stored_bytes: int = 2
     drafts: int = 0
     known: bool = True
     assumptions: tuple[str, ...] = ()

@@ -856,7 +856,6 @@ def build(config: Mapping[str, object], what: str, quantization: Mapping[str, ob
         experts=parts.experts,
         quantization=stored,
         image_bytes=towers.image_bytes(f, parts.hidden) if beside else 0,
-        stored_bytes=ELEMENT_BYTES.get(dtype, 2),
         drafts=text.number("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules"),
         known=known,
         assumptions=(*assumptions, *parts.assumptions),

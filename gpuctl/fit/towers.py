@@ -192,6 +192,27 @@ def _intern(v: Fields, text: int) -> list[Tensor]:
     ]
 
 
+def _conformer(a: Fields, text: int) -> list[Tensor]:
+    """Gemma 4's encoder of sound."""
+    hidden, layers = a.count("hidden_size", default=1024), a.count("num_hidden_layers", default=12)
+    kernel, out = a.count("conv_kernel_size", default=5), a.count("output_proj_dims", default=1536)
+    name = "audio_tower.layers"
+    return [
+        *_linear("audio_tower.input_proj_linear", hidden, hidden, bias=False),
+        _plain("audio_tower.subsample", 128 * 9 + 32 * 128 * 9 + 160),
+        *_linear(f"{name}.feed_forward.ffw_layer_1", 4 * hidden, hidden, bias=False, copies=2 * layers),
+        *_linear(f"{name}.feed_forward.ffw_layer_2", hidden, 4 * hidden, bias=False, copies=2 * layers),
+        *_linear(f"{name}.self_attn.qkv_proj", 3 * hidden, hidden, bias=False, copies=layers),
+        *_linear(f"{name}.self_attn.post", hidden, hidden, bias=False, copies=layers),
+        *_linear(f"{name}.self_attn.relative_k_proj", hidden, hidden, bias=False, copies=layers),
+        *_linear(f"{name}.lconv1d.linear_start", 2 * hidden, hidden, bias=False, copies=layers),
+        *_linear(f"{name}.lconv1d.linear_end", hidden, hidden, bias=False, copies=layers),
+        _plain("norm", (9 + kernel) * hidden, copies=layers),
+        *_linear("audio_tower.output_proj", out, hidden),
+        *_linear("embed_audio.embedding_projection", text, out, bias=False),
+    ]
+
+
 def _whisper(a: Fields) -> list[Tensor]:
     """An encoder of sound, as Whisper has it."""
     hidden = a.count("d_model", "hidden_size")
@@ -274,7 +295,9 @@ def build(f: Fields, text: int) -> list[Tensor]:
     elif kind in ("gemma3", "mistral3", "llava", "llava_next", "llama4"):
         made += _vision(f, type(f)({}, f.what, "vision_config"), text, kind)
     a = f.below("audio_config")
-    if a is not None and a.has("encoder_layers", "num_hidden_layers") and a.has("d_model", "hidden_size"):
+    if a is not None and a.text("model_type") == "gemma4_audio":
+        made += _conformer(a, text)
+    elif a is not None and a.has("encoder_layers", "num_hidden_layers") and a.has("d_model", "hidden_size"):
         made += _whisper(a)
         made += _linear("audio_projector", text, a.count("d_model", "hidden_size"))
     return made

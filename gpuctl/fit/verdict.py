@@ -252,8 +252,10 @@ def _scale(
         return None if unknown_format or not architecture.known else 1.0
     shape = weights.in_files(architecture)
     ratio = facts.weight_bytes / shape
+    if own is None and abs(ratio / 2 - 1) < _DISAGREE:  # in 32 bits, which the engine does not load as such
+        return 1.0
     if unknown_format or not architecture.known:
-        return ratio * architecture.stored_bytes / architecture.element_bytes
+        return ratio
     if stored is not own or ask.dtype == "float32":
         return 1.0
     left_out = _DRAFT * architecture.drafts / len(architecture.layers)

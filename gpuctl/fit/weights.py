@@ -123,7 +123,7 @@ def bytes_on_gpu(
 
 
 def in_files(architecture: Architecture) -> int:
-    """Bytes that the files of the weights have for what the engine loads, as the shapes have it."""
+    """Bytes that the files of the weights have for what the engine loads, as the shapes have it, in 16 bits."""
     matcher = None if architecture.quantization is None else Matcher(architecture.quantization)
     size = 0
     for prefix, tensors in _by_layer(architecture):
@@ -134,7 +134,7 @@ def in_files(architecture: Architecture) -> int:
             if matcher is not None and tensor.linear:
                 scheme = matcher.scheme([prefix + name for name in tensor.names], expert=tensor.copies > 1)
             if scheme is None:
-                size += tensor.elements * (tensor.fixed_bytes or architecture.stored_bytes)
+                size += tensor.elements * (tensor.fixed_bytes or architecture.element_bytes)
             else:
                 size += scheme.bytes_of(tensor.rows, tensor.columns, tensor.copies)
                 size += scheme.scales_of(tensor.rows, tensor.columns, tensor.copies)
