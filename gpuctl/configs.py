@@ -146,7 +146,23 @@ def _of_path(path: Path) -> Found:
         raise usage_error(
             f"MODEL: {str(path)!r} has no config.json, so it is no model to serve: it holds {what}"
         )
-    return _found_at(path, config, *_weights_in(path))
+    return _gguf_at(path, config) or _found_at(path, config, *_weights_in(path))
+
+
+def _gguf_at(path: Path, config: Path) -> Found | None:
+    """A folder whose weights are GGUF and nothing else; None: it is none."""
+    import dataclasses
+
+    from gpuctl.repos import GGUF, gguf_build, only_gguf
+
+    sizes = {one.name: one.stat().st_size for one in _listed(path) if one.is_file()}
+    if not only_gguf(list(sizes)):
+        return None
+    found = _found_at(path, config, None, sum(sizes[name] for name in gguf_build(list(sizes))) or None)
+    source = f"{config} and the size of the GGUF file beside it"
+    return dataclasses.replace(
+        found, quantization=GGUF, source=source if found.weight_bytes else found.source
+    )
 
 
 def _found_at(

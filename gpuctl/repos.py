@@ -121,7 +121,10 @@ class _Record:
             config = hub.config(self.commit, mirrored=self.mirrored)
             if not says_how_stored(config) and QUANTIZATION in (self.files or ()):
                 quantization = hub.json(QUANTIZATION, hub.get(QUANTIZATION, self.commit))
-        if weight_bytes is None and PIPELINE not in (self.files or ()):
+            elif only_gguf(self.files or ()):
+                quantization, parameters = GGUF, None
+                weight_bytes = hub.size_of_gguf()
+        if weight_bytes is None and quantization is not GGUF and PIPELINE not in (self.files or ()):
             parameters, weight_bytes = hub.weights(self.commit, self.files)
         return Described(
             repo=hub.repo,
@@ -238,6 +241,10 @@ class _Hub:
     def size_of_parts(self) -> int | None:
         """Bytes of the parts of an image model; None where the hub does not tell."""
         return self._size_of(safetensors.parts_of)
+
+    def size_of_gguf(self) -> int | None:
+        """Bytes of the only GGUF build; None where there are several, or the hub does not tell."""
+        return self._size_of(gguf_build)
 
     def _size_of(self, chosen: Callable[[Sequence[str]], Sequence[str]]) -> int | None:
         """Bytes of the files that are chosen, from the record with sizes; None: none, or no sizes."""
@@ -401,6 +408,26 @@ def what_it_holds(names: Sequence[str]) -> str:
     if any(name.endswith((".safetensors", ".bin", ".pt", ".onnx")) for name in names):
         return "weights, and nothing that says of which architecture they are"
     return "no weights either" if names else "nothing that describes a model"
+
+
+# As a config.json would say that the weights are GGUF: how many bits each has, only the size of the file tells.
+GGUF: Mapping[str, Any] = {"quant_method": "gguf"}
+
+
+def only_gguf(names: Sequence[str]) -> bool:
+    """Whether GGUF files are the only weights that an engine could load."""
+    ends = [name.rpartition(".")[2] for name in names if "/" not in name]
+    return "gguf" in ends and not {"safetensors", "bin", "pt"} & set(ends)
+
+
+def gguf_build(names: Sequence[str]) -> list[str]:
+    """The files of the only GGUF build among these; none where there are several, which differ in size."""
+    builds: dict[str, list[str]] = {}
+    for name in names:
+        # `mmproj-…` is a tower for images, which stands beside each build
+        if name.endswith(".gguf") and not name.rpartition("/")[2].startswith("mmproj"):
+            builds.setdefault(re.sub(r"-[0-9]{5}-of-[0-9]{5}(?=\.gguf$)", "", name), []).append(name)
+    return next(iter(builds.values())) if len(builds) == 1 else []
 
 
 def says_how_stored(config: Mapping[str, Any]) -> bool:

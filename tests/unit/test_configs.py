@@ -443,3 +443,37 @@ def test_a_broken_environment_is_one_error(variable: str, value: str) -> None:
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_gguf_counts_by_the_size_of_its_file(hub: Hub, tmp_path: Path) -> None:
+    config = json.dumps(CONFIG).encode()
+    hub.repos["acme/one"] = Repo(
+        files={"config.json": config, "m-Q4_K_M.gguf": b"x" * 900, "mmproj-m.gguf": b"x"}
+    )
+    parts = {f"m-Q8_0-0000{i}-of-00002.gguf": b"x" * 50 for i in (1, 2)}
+    hub.repos["acme/parts"] = Repo(files={"config.json": config, **parts})
+    hub.repos["acme/many"] = Repo(files={"config.json": config, "m-Q4.gguf": b"x", "m-Q8.gguf": b"xx"})
+    hub.repos["acme/both"] = Repo(
+        files={
+            "config.json": config,
+            "m.gguf": b"x",
+            "model.safetensors": safetensors_of({"a": ("F16", [8])}),
+        }
+    )
+    sizes = {}
+    for name in ("one", "parts", "many", "both"):
+        found = configs.find(f"acme/{name}")
+        sizes[name] = (found.weight_bytes, (found.quantization or {}).get("quant_method"))
+        again = configs.find(f"acme/{name}")  # from the cache
+        assert (again.weight_bytes, again.quantization) == (found.weight_bytes, found.quantization)
+    assert sizes["one"] == (900, "gguf")
+    assert sizes["parts"] == (100, "gguf")
+    assert sizes["many"] == (None, "gguf")
+    assert sizes["both"][1] is None
+
+    for name, content in hub.repos["acme/one"].files.items():
+        (tmp_path / name).write_bytes(content)
+    found = configs.find(str(tmp_path))
+    assert (found.weight_bytes, found.quantization) == (900, {"quant_method": "gguf"})
+    (tmp_path / "m-Q8_0.gguf").write_bytes(b"x" * 1000)
+    assert configs.find(str(tmp_path)).weight_bytes is None
