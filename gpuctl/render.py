@@ -1,4 +1,4 @@
-"""A spec becomes source. May import: gpuctl.errors, specs, target; jinja2 where it is used.
+"""A spec becomes source. May import: gpuctl.errors, paths, specs, target; jinja2 where it is used.
 
 Every value enters a template as a Python literal (`finalize`), so that no text of a user's can become code; what is
 code already says so by its type (`Code`). The output is formatted as `ruff format` would leave it, by construction:
@@ -7,12 +7,13 @@ whatever can be long stands one per line with a trailing comma.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpuctl import __version__
+from gpuctl import __version__, paths
 from gpuctl.errors import GpuctlError
 from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
 from gpuctl.specs.serve import CACHES, Amount
@@ -178,6 +179,7 @@ def _environment() -> jinja2.Environment:
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates()),
+        bytecode_cache=_compiled(),
         undefined=jinja2.StrictUndefined,
         finalize=literal,
         trim_blocks=True,
@@ -188,6 +190,28 @@ def _environment() -> jinja2.Environment:
     filters: dict[str, Any] = {"after": _after, "amount": _amount}
     environment.filters.update(filters)
     return environment
+
+
+def _compiled() -> jinja2.BytecodeCache | None:
+    """Templates as Python compiled them, in the cache: compiling takes as long as all else that is done to render.
+
+    What is there is found by the template's text, and by the versions that made it; where nothing can be kept, every
+    command compiles for itself.
+    """
+    import jinja2
+
+    class Compiled(jinja2.FileSystemBytecodeCache):
+        def dump_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+            with contextlib.suppress(OSError):
+                super().dump_bytecode(bucket)
+
+    try:
+        folder = paths.cache_dir() / "templates"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, GpuctlError):
+        return None
+    # The options of the environment are part of what was compiled, and come with gpuctl's version.
+    return Compiled(str(folder), f"%s-{__version__}-jinja{jinja2.__version__}")
 
 
 def templates() -> Path:
