@@ -53,6 +53,7 @@ class Change:
     model: str | None  # an alias or a repository of the catalogue; None: the same model
     context: int | None  # tokens; None: what was asked
     candidate: Candidate
+    without: tuple[str, ...] = ()  # options of `gpuctl fit` that are left out
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def assess_spec(spec: FitSpec) -> tuple[Found, Assessment, Rates]:
         cards=cards(rates),
         siblings=lambda: siblings_of(found),
         drop_unfit=spec.drop_unfit,
+        loosen=True,
     )
     return found, assessment, rates
 
@@ -326,11 +328,13 @@ def assess(
     siblings: Callable[[], Sequence[tuple[str, ModelFacts]]] = tuple,
     most_gpus: int | None = None,
     drop_unfit: bool = False,
+    loosen: bool = False,
 ) -> Assessment:
     """Judge every choice of `request` (None: all that Modal has), pick one, and where none fits find what would.
 
     `concurrency`: as asked (None: `PLANNED_CONCURRENCY` of up to `PLANNED_CONTEXT` tokens, and one of the whole
-    context); `siblings`: quantised builds of the same model, by the name to ask for; `most_gpus`: in one container.
+    context); `siblings`: quantised builds of the same model, by the name to ask for; `most_gpus`: in one container;
+    `loosen`: where nothing else helps, try it without what the engine was told.
     """
 
     def judged(model: ModelFacts, choice: GpuChoice, asked: Ask = ask) -> Candidate:
@@ -349,6 +353,10 @@ def assess(
             _changes(facts, request, ask, judged, siblings, most_gpus, enough),
             key=lambda change: _price(change.candidate),
         )
+        if not changes and loosen:
+            changes = sorted(
+                _loosened(facts, ask, judged, enough), key=lambda change: _price(change.candidate)
+            )
         if pick is not None:  # something starts: only what fits all of it is a change for the better
             changes = [change for change in changes if change.candidate.verdict is Verdict.FITS]
     why = _why(pick, candidates, named=request is not None)
@@ -366,17 +374,18 @@ def assess(
 
 
 def every_choice(ask: Ask) -> list[GpuChoice]:
-    """Every card of Modal, as many of them as make sense: as asked by the parallel sizes, else 1, 2, 4 and 8.
+    """Every card of Modal, as many of them as make sense: as asked by the parallel sizes, else 1, 2, 4 and 8 in
+    each pipeline stage.
 
     The other names of a card come last, so that of equals the plain name is taken.
     """
     wanted = None if ask.tensor_parallel is None else ask.tensor_parallel * ask.pipeline_parallel
-    counts = _COUNTS if wanted is None else (wanted,)
+    counts = tuple(ask.pipeline_parallel * each for each in _COUNTS) if wanted is None else (wanted,)
     return [
         GpuChoice(gpu.name, count)
         for gpu in sorted(catalog.gpus().values(), key=lambda gpu: gpu.name in SYNONYMS)
         for count in counts
-        if count <= gpu.max_count and count % ask.pipeline_parallel == 0
+        if count <= gpu.max_count
     ]
 
 
@@ -585,6 +594,36 @@ def _changes(
         shorter = _shorter(facts, ask, judged, named)
         if shorter is not None:
             yield shorter
+
+
+# What the engine may have been told that keeps a model from fitting: options of `gpuctl fit`, and an Ask without them.
+_TOLD: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("--tensor-parallel", "--pipeline-parallel"), {"tensor_parallel": None, "pipeline_parallel": 1}),
+    (("--gpu-memory-utilization",), {"gpu_memory_utilization": None}),
+    (("--quantization",), {"quantization": None}),
+    (("--dtype",), {"dtype": None}),
+    (("--lora",), {"lora": 0}),
+)
+
+
+def _loosened(facts: ModelFacts, ask: Ask, judged: Callable[..., Candidate], enough: int) -> Iterator[Change]:
+    """The cheapest GPUs without one of the things that the engine was told."""
+    for flags, without in _TOLD:
+        asked = dataclasses.replace(ask, **without)
+        if asked == ask:
+            continue
+        verdicts = {choice: judged(facts, choice, asked) for choice in every_choice(asked)}
+        best = pick_of(verdicts.values(), enough=enough)
+        for choice, one in verdicts.items():
+            if one is best:
+                given = [flag for flag in flags if _was_given(ask, flag)]
+                yield Change(f"without {' and '.join(given)}, on {choice}", choice, None, None, one, flags)
+
+
+def _was_given(ask: Ask, flag: str) -> bool:
+    return getattr(ask, flag.removeprefix("--").replace("-", "_")) not in (
+        (None, 1) if flag == "--pipeline-parallel" else (None,)
+    )
 
 
 def _shorter(

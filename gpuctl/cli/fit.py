@@ -250,7 +250,7 @@ def _argv(spec: FitSpec, change: Change) -> list[str]:
         ("--pipeline-parallel", spec.pipeline_parallel if spec.pipeline_parallel > 1 else None),
         ("--engine-version", spec.engine_version if spec.engine_version != default_version() else None),
     ):
-        if value is not None:
+        if value is not None and flag not in change.without:
             words += [flag, str(value)]
     return words
 

@@ -190,6 +190,33 @@ def test_nothing_is_left_of_what_does_not_fit(config: str, capsys: pytest.Captur
     assert asked(capsys, config, "--gpu", "T4", "--drop-unfit")["candidates"] == []
 
 
+@pytest.mark.parametrize(
+    ("told", "left"),
+    [
+        (["--tensor-parallel", "3"], "--tensor-parallel"),
+        (["--gpu-memory-utilization", "0.01", "--lora", "1"], "--gpu-memory-utilization"),
+        (["--tensor-parallel", "3", "--pipeline-parallel", "2"], "--tensor-parallel and --pipeline-parallel"),
+    ],
+)
+def test_what_the_engine_was_told_may_be_what_keeps_it_from_fitting(
+    config: str, capsys: pytest.CaptureFixture[str], told: list[str], left: str
+) -> None:
+    found = asked(capsys, config, *told)
+    assert found["pick"] is None
+    change = found["change"]
+    assert change["what"].startswith(f"without {left}, on ")
+    assert not set(left.split(" and ")) & set(change["argv"])
+    again = asked(capsys, *change["argv"][2:])
+    assert again["candidates"][0]["verdict"] in ("fits", "tight")
+    assert again["candidates"][0]["usd_per_hour"] == change["usd_per_hour"]
+
+
+def test_stages_of_any_number(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, config, "--pipeline-parallel", "3")
+    assert {one["count"] for one in found["candidates"]} == {3, 6}
+    assert found["pick"] is not None
+
+
 def test_prices_are_rounded(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     document = asked(capsys, config, "--gpu", "L40S,L4:2")
     assert [one["usd_per_hour"] for one in document["candidates"]] == [1.9512, 1.5984]
