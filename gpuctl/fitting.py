@@ -350,7 +350,7 @@ def assess(
         one.verdict in (Verdict.FITS, Verdict.UNKNOWN) for one in candidates
     ):
         changes = sorted(
-            _changes(facts, request, ask, judged, siblings, most_gpus, enough),
+            _changes(facts, request, ask, judged, siblings, most_gpus, enough, loosen=loosen),
             key=lambda change: _price(change.candidate),
         )
         if not changes and loosen:
@@ -568,8 +568,12 @@ def _changes(
     siblings: Callable[[], Sequence[tuple[str, ModelFacts]]],
     most_gpus: int | None,
     enough: int,
+    *,
+    loosen: bool,
 ) -> Iterator[Change]:
     """Each kind of change at its cheapest: other GPUs, a quantised build, a shorter context."""
+    # How the weights are stored was said of this model, not of another build of it.
+    of_another = dataclasses.replace(ask, dtype=None, quantization=None) if loosen else ask
     every = [choice for choice in every_choice(ask) if most_gpus is None or choice.count <= most_gpus]
 
     def cheapest(
@@ -587,7 +591,7 @@ def _changes(
     for name, sibling in siblings():
         if ask.context is not None and sibling.own_context is not None and ask.context > sibling.own_context:
             continue
-        other = cheapest(sibling, ask, every)
+        other = cheapest(sibling, of_another, every)
         if other is not None:
             yield Change(f"{name}, a quantised build, on {other[0]}", other[0], name, None, other[1])
     if ask.context is not None:

@@ -434,3 +434,23 @@ def test_an_alias_asks_nobody(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     out, err = capsys.readouterr()
     assert "from the catalogue" in out
     assert err == ""
+
+
+def test_a_quantised_build_is_judged_without_what_was_said_of_the_weights(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = asked(
+        capsys,
+        "llama3.1-70b",
+        "--gpu",
+        "H100",
+        "--concurrency",
+        "1",
+        "--quantization",
+        "fp8",
+        "--dtype",
+        "float16",
+    )
+    for change in (found["change"], *found["other_changes"]):
+        again = asked(capsys, *change["argv"][2:])
+        assert again["candidates"][0]["verdict"] in ("fits", "tight"), change["command"]
