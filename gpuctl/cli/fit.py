@@ -91,6 +91,10 @@ def fit(
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Every choice of GPUs: also more of a card than will do."),
+    ] = False,
 ) -> None:
     """Tell on which GPUs a model fits, and which to take.
 
@@ -116,7 +120,7 @@ def fit(
         engine_version=engine_version,
         drop_unfit=drop_unfit,
     )
-    console = Console(quiet=quiet, json=json)
+    console = Console(quiet=quiet, verbose=verbose, json=json)
     found, assessment, prices = assess_spec(spec)
     for note in found.notes:
         console.warn(note)
@@ -146,7 +150,8 @@ def _show(spec: FitSpec, assessment: Assessment, prices: str, console: Console) 
     if assessment.facts.architecture is not None:
         say(_about_ask(spec, assessment))
     console.answer("")
-    shown = _few(assessment) if spec.gpu is None else list(assessment.candidates)
+    everything = spec.gpu is not None or console.verbose
+    shown = list(assessment.candidates) if everything else _few(assessment)
     if shown:
         for line in lines(shown, width=width, unicode=unicode):
             console.answer(line)
@@ -155,7 +160,9 @@ def _show(spec: FitSpec, assessment: Assessment, prices: str, console: Console) 
     for assumption in dict.fromkeys(said for one in shown for said in one.assumptions):
         say(f"Note: {assumption}.")
     if len(shown) < len(assessment.candidates):
-        say("Each card with as few of it as will do; --json has all, --gpu those that you name.")
+        say(
+            "Each card with as few of it as will do; --verbose and --json have all, --gpu those that you name."
+        )
     say(f"Prices: {prices}.")
     console.answer("")
     say(_conclusion(spec, assessment))

@@ -211,6 +211,19 @@ def test_what_the_engine_was_told_may_be_what_keeps_it_from_fitting(
     assert again["candidates"][0]["usd_per_hour"] == change["usd_per_hour"]
 
 
+def test_verbose_shows_every_choice(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = {
+        one["gpu"] if one["count"] == 1 else f"{one['gpu']}:{one['count']}"
+        for one in asked(capsys, config)["candidates"]
+    }
+    shown = {}
+    for flag in ("-v", "--drop-unfit"):
+        assert main(["fit", config, flag]) == 0
+        shown[flag] = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line} & everything
+    assert shown["-v"] == everything
+    assert len(shown["--drop-unfit"]) == 10  # as many as there are cards
+
+
 def test_stages_of_any_number(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = asked(capsys, config, "--pipeline-parallel", "3")
     assert {one["count"] for one in found["candidates"]} == {3, 6}
