@@ -41,10 +41,10 @@ def engine_constants(version: str) -> EngineConstants:
             row |= {name: value for name, value in later.items() if name != "since"}
     row |= {name: int(row[name] * GIB) for name in _SIZES}
     row["measured_on"] = row["measured_on"] or None
-    return EngineConstants(version=version, known=known, **row)
+    return EngineConstants(version=version, release=wanted[:2], known=known, **row)
 
 
-def _key(version: str) -> tuple[int, ...]:
+def _key(version: str) -> tuple[int, int, int]:
     """Major, minor and patch; what cannot be read counts as the newest."""
     parts = []
     for part in version.lstrip("v").split(".")[:3]:
@@ -52,4 +52,5 @@ def _key(version: str) -> tuple[int, ...]:
         if not digits:
             break
         parts.append(int(digits))
-    return (*parts, 0, 0)[:3] if parts else (9999, 0, 0)
+    parts += [0] * (3 - len(parts))
+    return (parts[0], parts[1], parts[2]) if any(parts) else (9999, 0, 0)

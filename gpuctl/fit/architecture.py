@@ -85,6 +85,7 @@ class Latent:
 
     `index` bytes a token are what the indexer of a sparse attention keeps beside it. `every`: there is one vector for
     so many tokens only. `window`: as in `Attention`. `packed`: `width` is in bytes, whatever the cache's format.
+    `expanded` is the width of a head's key and value that a prompt's latents are made into.
     """
 
     heads: int
@@ -93,6 +94,7 @@ class Latent:
     every: int = 1
     window: int | None = None
     packed: bool = False
+    expanded: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ stand in where a configuration leaves a field out (transformers writes only what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from gpuctl.errors import usage_error
@@ -64,7 +64,7 @@ class Style:
     expert_bias: bool = False
     router_bias: bool = False  # added to the router's choice, in float32
     gated_shared: bool = False
-    mtp: bool = False
+    narrow: bool = False  # experts are not as wide as intermediate_size, so their own width has to be there
 
 
 _QWEN3 = Style(qk_norm="head", o_bias=False)
@@ -79,9 +79,11 @@ STYLES: dict[str, Style] = {
     "cohere2": Style(norms=1, tied=True, pattern="cohere2"),
     "cwm": Style(),
     "deepseek": Style(),
-    "dots1": Style(qk_norm="head", router_bias=True),
+    "dots1": Style(narrow=True, qk_norm="head", router_bias=True),
     "ernie4_5": Style(qkv_bias=False, o_bias=False, mlp_bias=False, tied=True),
-    "ernie4_5_moe": Style(qkv_bias=False, o_bias=False, mlp_bias=False, tied=True, router_bias=True),
+    "ernie4_5_moe": Style(
+        narrow=True, qkv_bias=False, o_bias=False, mlp_bias=False, tied=True, router_bias=True
+    ),
     "exaone": Style(qkv_bias=False, o_bias=False),
     "exaone4": Style(qk_norm="head", pattern="exaone4"),
     "gemma": Style(tied=True),
@@ -89,7 +91,7 @@ STYLES: dict[str, Style] = {
     "gemma3_text": Style(norms=4, tied=True, qk_norm="head", pattern="gemma3"),
     "glm": Style(qkv_bias=None, o_bias=False),
     "glm4": Style(norms=4, o_bias=False),
-    "glm4_moe": Style(o_bias=False, router_bias=True, qk_norm="flag"),
+    "glm4_moe": Style(narrow=True, o_bias=False, router_bias=True, qk_norm="flag"),
     "gpt_bigcode": Style(
         qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, norm_bias=True, tied=True, positions=1
     ),
@@ -108,7 +110,7 @@ STYLES: dict[str, Style] = {
     "internlm3": Style(),
     "llama4_text": Style(pattern="llama4", o_bias=None),
     "mimo": Style(qkv_bias=True, o_bias=False),
-    "mimo_v2_flash": Style(sinks=True, router_bias=True, pattern="mimo", o_bias=False),
+    "mimo_v2_flash": Style(narrow=True, sinks=True, router_bias=True, pattern="mimo", o_bias=False),
     "minicpm": Style(),
     "minimax_m2": Style(qk_norm="full", router_bias=True),
     "ministral": Style(qkv_bias=False, o_bias=False, pattern="all"),
@@ -130,16 +132,16 @@ STYLES: dict[str, Style] = {
     "phi3": Style(qkv_bias=False, o_bias=False, pattern="all"),
     "phimoe": Style(norm_bias=True, head_bias=True, pattern="all"),
     "qwen2": Style(qkv_bias=True, o_bias=False),
-    "qwen2_moe": Style(qkv_bias=True, o_bias=False, gated_shared=True),
+    "qwen2_moe": Style(narrow=True, qkv_bias=True, o_bias=False, gated_shared=True),
     "qwen3": _QWEN3,
-    "qwen3_moe": _QWEN3,
+    "qwen3_moe": Style(qk_norm="head", o_bias=False, narrow=True),
     "seed_oss": Style(),
     "smollm3": Style(tied=True),
     "solar": Style(),
     "stablelm": Style(norm_bias=True),
     "starcoder2": Style(gated=False, norm_bias=True, tied=True, pattern="all"),
-    "step3p5": Style(qk_norm="head", router_bias=True),
-    "step3p7": Style(qk_norm="head", router_bias=True),
+    "step3p5": Style(narrow=True, qk_norm="head", router_bias=True),
+    "step3p7": Style(narrow=True, qk_norm="head", router_bias=True),
 }
 _QWEN3_VL = _QWEN3
 SAME: dict[str, str] = {
@@ -379,8 +381,11 @@ def norms(style: Style, hidden: int) -> list[Tensor]:
     return [vector("norm", hidden * (2 if style.norm_bias else 1))] * style.norms
 
 
-def mixture(f: Fields, count: int, hidden: int, inner: int) -> Mixture | None:
-    """The experts, as the many names for them have it; None in a dense model."""
+def mixture(f: Fields, count: int, hidden: int, inner: int, *, narrow: bool = False) -> Mixture | None:
+    """The experts, as the many names for them have it; None in a dense model.
+
+    `inner` is their width where they have none of their own, which `narrow` ones must have.
+    """
     experts = f.number("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     if experts < 2:
         if f.has("num_experts_per_tok", "moe_intermediate_size") and "moe" in f.text("model_type").lower():
@@ -397,7 +402,10 @@ def mixture(f: Fields, count: int, hidden: int, inner: int) -> Mixture | None:
     if active > experts:
         raise f.wrong("num_experts_per_tok", active, f"no more than the {experts} experts can be taken")
     width = f.count(
-        "moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size", default=inner
+        "moe_intermediate_size",
+        "expert_ffn_hidden_size",
+        "expert_intermediate_size",
+        default=None if narrow else inner,
     )
     shared = f.number(
         "shared_expert_intermediate_size",
@@ -574,7 +582,7 @@ def decoder(f: Fields, style: Style) -> Parts:
     vocabulary = f.count("vocab_size", "padded_vocab_size")
     count = f.count("num_hidden_layers", "n_layer", "num_layers", "n_layers")
     context = context_of(f)
-    mix = mixture(f, count, hidden, f.number("intermediate_size") or inner)
+    mix = mixture(f, count, hidden, f.number("intermediate_size") or inner, narrow=style.narrow)
     window = windows(f, style, count)
     value = f.number("v_head_dim") or width
     swa_kv = f.number("swa_num_key_value_heads") or kv_heads
@@ -618,8 +626,6 @@ def decoder(f: Fields, style: Style) -> Parts:
 
 
 def _without_sinks(style: Style) -> Style:
-    from dataclasses import replace
-
     return replace(style, sinks=False)
 
 
@@ -647,7 +653,7 @@ def latent(f: Fields, style: Style) -> Parts:
     hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
     count, vocabulary = f.count("num_hidden_layers"), f.count("vocab_size")
     inner, context = f.count("intermediate_size"), context_of(f)
-    mix = mixture(f, count, hidden, inner)
+    mix = mixture(f, count, hidden, inner, narrow=True)
     tensors, cache = latent_attention(f, hidden, heads)
     indexer = index_tensors(f, hidden)
     shared_index = f.items("indexer_types")
@@ -666,7 +672,7 @@ def latent(f: Fields, style: Style) -> Parts:
                 else feed_forward(f, style, hidden, inner)
             )
             index = f.number("index_head_dim") if indexed else 0
-            kept = Latent(heads, cache.width, index + index // 128 * 4)
+            kept = replace(cache, index=index + index // 128 * 4)
             known[key] = Layer(
                 (*norms(style, hidden), *tensors, *(indexer if indexed else ()), *inside), (kept,)
             )
@@ -711,7 +717,7 @@ def latent_attention(f: Fields, hidden: int, heads: int) -> tuple[list[Tensor], 
         made.append(vector("q_a_layernorm", queries))
     if f.flag("mla_use_output_gate"):
         made.append(linear("self_attn.g_proj", heads * value, hidden, Split.ROWS))
-    return made, Latent(heads, rank + turned)
+    return made, Latent(heads, rank + turned, expanded=plain + value)
 
 
 def index_tensors(f: Fields, hidden: int) -> list[Tensor]:

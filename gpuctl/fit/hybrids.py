@@ -81,9 +81,9 @@ def gated_delta(f: Fields, style: Style) -> Parts:
     """Qwen3-Next and Qwen3.5: three layers of gated delta net to one of attention with a gated output."""
     hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
     count, width = f.count("num_hidden_layers"), f.count("head_dim")
-    inner = f.number("intermediate_size") or f.count("shared_expert_intermediate_size")
+    mix = mixture(f, count, hidden, 0, narrow=True)
+    inner = f.count("intermediate_size", default=mix.shared or mix.inner if mix else None)
     cache = Attention(heads, f.count("num_key_value_heads"), width, width)
-    mix = mixture(f, count, hidden, inner)
     step = f.count("full_attention_interval", default=4)
     kinds: list[str] = (
         _kinds(f, count)
@@ -181,8 +181,12 @@ def nemotron_h(f: Fields, style: Style) -> Parts:
     if len(letters) != count or set(letters) - set("M*-E"):
         raise f.wrong("hybrid_override_pattern", letters, f"{count} letters of M, *, - and E are needed")
     width = f.number("head_dim", "attention_head_dim") or hidden // heads
-    inner = f.number("intermediate_size") or f.count("moe_intermediate_size")
-    mix = mixture(f, count, hidden, inner) if "E" in letters else None
+    mix = mixture(f, count, hidden, 0, narrow=True) if "E" in letters else None
+    inner = (
+        f.number("intermediate_size") or mix.inner
+        if mix and "-" not in letters
+        else f.count("intermediate_size")
+    )
     cache = Attention(heads, f.count("num_key_value_heads"), width, width)
     mixer, state = mamba2(f, hidden)
 
@@ -206,7 +210,7 @@ def kimi_linear(f: Fields, style: Style) -> Parts:
         f.count("num_hidden_layers"),
     )
     inner = f.count("intermediate_size")
-    mix = mixture(f, count, hidden, inner)
+    mix = mixture(f, count, hidden, inner, narrow=True)
     table = f.below("linear_attn_config")
     if table is None:
         raise usage_error(f"{f.what}: {f.path('linear_attn_config')} is missing")
@@ -362,7 +366,7 @@ def lfm2(f: Fields, style: Style) -> Parts:
     cache = Attention(heads, f.count("num_key_value_heads"), width, width)
     kernel = f.count("conv_L_cache", default=3)
     state = Recurrent(hidden * (kernel - 1), 0)
-    mix = mixture(f, count, hidden, inner)
+    mix = mixture(f, count, hidden, inner, narrow=True)
     short = [
         linear("conv.in_proj", 3 * hidden, hidden, Split.ROWS),
         Tensor(("conv.conv",), hidden, kernel, Split.ROWS),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gpuctl.fit.architecture import Recurrent
+from gpuctl.fit.architecture import Latent, Recurrent
 from gpuctl.fit.values import GIB
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _LEAST_REQUESTS = 256  # at once, of the smaller cards
 _LAYER_WIDTHS = (
     3  # tensors of the model's width alive in a feed-forward layer: its input, output and the residual
 )
+_LATENT_TOKENS, _LATENT_BLOCK = 65536, 64  # of a chunk of latents, and of a page of them
 _CHUNK = 16384  # tokens that a mixture's workspace is made for at most (VLLM_FUSED_MOE_CHUNK_SIZE)
 
 
@@ -34,11 +35,13 @@ _CHUNK = 16384  # tokens that a mixture's workspace is made for at most (VLLM_FU
 class EngineConstants:
     """What holds for one version of the engine; sizes in bytes. The fields are explained in `overheads.toml`.
 
-    `measured_on` is the version that the sizes were measured on; None: they are another version's, raised. `known` is
-    False for a version whose engine is not the one that is described here.
+    `release` are the first two numbers of the version. `measured_on` is the version that the sizes were measured on;
+    None: they are another version's, raised. `known` is False for a version whose engine is not the one that is
+    described here.
     """
 
     version: str
+    release: tuple[int, int]
     known: bool
     measured_on: str | None
     gpu_memory_utilization: float
@@ -72,10 +75,11 @@ class EngineConstants:
 
 @dataclass(frozen=True)
 class Batch:
-    """The largest batch that the engine plans for: tokens in one step, and requests."""
+    """The largest batch that the engine plans for: tokens in one step, requests, and the tokens of the longest."""
 
     tokens: int
     requests: int
+    length: int
 
 
 def batch(card: Card, ask: Ask, constants: EngineConstants, context: int) -> Batch:
@@ -89,9 +93,9 @@ def batch(card: Card, ask: Ask, constants: EngineConstants, context: int) -> Bat
     if asked is not None:  # more than any card's least default only ever adds to a default
         requests = asked if asked <= _LEAST_REQUESTS else max(requests, asked)
     if ask.max_num_batched_tokens is not None:
-        return Batch(ask.max_num_batched_tokens, min(requests, ask.max_num_batched_tokens))
+        return Batch(ask.max_num_batched_tokens, min(requests, ask.max_num_batched_tokens), context)
     tokens = max(1, min(tokens, requests * context))
-    return Batch(tokens, min(requests, tokens))
+    return Batch(tokens, min(requests, tokens), context)
 
 
 def activation(
@@ -106,28 +110,48 @@ def activation(
 ) -> int:
     """Bytes at the peak of the profiling run, on a GPU of the last stage (`last`) or of another.
 
-    Sampler: rows x vocabulary x (the model's element + 4 bytes x copies), scratch rows x vocabulary x 4, and hidden
-    states. Layer: gate, up and their product, and what is of the model's width. A mixture's two workspaces, batch x
-    experts a token x width, and the images of the largest batch stay through both.
+    Layer: gate, up and their product, or a latent attention's keys and values of a long prompt's chunk, and what is of
+    the model's width. Sampler: rows x vocabulary x (the model's element + 4 bytes x copies), scratch rows x vocabulary
+    x 4, and hidden states. A mixture's two workspaces, batch x experts a token x width, and the images of the largest
+    batch stay through both.
     (vLLM `GPUModelRunner.profile_run`, `_dummy_sampler_run`, `v1/sample/ops/topk_topp_sampler.py`,
     `fused_moe.py: TritonExperts.workspace_shapes`.)
     """
     vocabulary, hidden, tokens = architecture.vocabulary, architecture.hidden, made.tokens
     widths = _LAYER_WIDTHS * (2 if pipeline_parallel > 1 else 1)
     inner = -(-architecture.intermediate // tensor_parallel)
-    peak = tokens * (3 * inner + widths * hidden) * element_bytes
+    wide = max(3 * inner * tokens, _expanded(architecture, made, tensor_parallel))
+    peak = (wide + tokens * widths * hidden) * element_bytes
     if last:
         copies = constants.logits_copies * 4 + (element_bytes if element_bytes < 4 else 0)
         sampler = made.requests * vocabulary * copies + constants.logits_rows * vocabulary * 4
         sampler += (tokens + 2 * made.requests) * hidden * element_bytes
         peak = max(peak, int(sampler))
     experts = architecture.experts
-    mxfp4 = architecture.quantization is not None and architecture.quantization.experts_only
+    mxfp4 = architecture.quantization is not None and architecture.quantization.mxfp4_kernels
     if experts is not None and constants.expert_workspace and not mxfp4:
         each = -(-experts.intermediate // tensor_parallel)
         rows = min(tokens, _CHUNK) * experts.active
         peak += rows * (max(each, experts.width) + max(2 * each, experts.width)) * element_bytes
     return peak + tokens * architecture.image_bytes + constants.workspace
+
+
+def _expanded(architecture: Architecture, made: Batch, tensor_parallel: int) -> int:
+    """Elements of the keys and values that latent attention makes of so many latents at once, on one GPU.
+
+    For 8 requests of full length or 4 pages of each, 65,536 tokens at most (vLLM, `mla_attention.py:
+    determine_chunked_prefill_workspace_size`, and the profile run in `MLAAttention.forward_impl`).
+    """
+    widest = max(
+        (
+            -(-cache.heads // tensor_parallel) * cache.expanded
+            for layer in architecture.layers
+            for cache in layer.caches
+            if isinstance(cache, Latent)
+        ),
+        default=0,
+    )
+    return min(max(8 * made.length, 4 * made.requests * _LATENT_BLOCK), _LATENT_TOKENS) * widest
 
 
 def graph(architecture: Architecture, constants: EngineConstants, ask: Ask, layers: int) -> int:
@@ -137,7 +161,7 @@ def graph(architecture: Architecture, constants: EngineConstants, ask: Ask, laye
     size = constants.graph + constants.graph_layer * layers
     if architecture.experts is not None:
         size += constants.graph_experts
-    if architecture.quantization is not None and architecture.quantization.experts_only:
+    if architecture.quantization is not None and architecture.quantization.mxfp4_kernels:
         size += constants.graph_mxfp4
     if any(isinstance(cache, Recurrent) for layer in architecture.layers for cache in layer.caches):
         size += constants.graph_states
@@ -146,7 +170,7 @@ def graph(architecture: Architecture, constants: EngineConstants, ask: Ask, laye
 
 def warm_up(architecture: Architecture, constants: EngineConstants) -> int:
     """Bytes that have to be free beside everything else while the engine warms up."""
-    if architecture.quantization is not None and architecture.quantization.experts_only:
+    if architecture.quantization is not None and architecture.quantization.mxfp4_kernels:
         return constants.warm_up_mxfp4
     return constants.warm_up
 

@@ -81,6 +81,11 @@ class Quantization:
         schemes = [self.scheme, self.experts, *(rule.scheme for rule in self.rules)]
         return max((scheme.needs for scheme in schemes if scheme is not None), default=(0, 0))
 
+    @property
+    def mxfp4_kernels(self) -> bool:
+        """Whether the experts run in the kernels for MXFP4, which pad and swizzle them (gpt-oss)."""
+        return self.experts_only and self.scheme == MXFP4
+
 
 # `needs`: `get_min_capability` of vLLM 0.32, `layers/quantization/`.
 FP8 = Scheme("fp8", 8, group=-1, needs=(7, 5))
@@ -97,31 +102,73 @@ def integer(bits: int, group: int, *, symmetric: bool = True, needs: tuple[int, 
     return Scheme(f"int{bits}", bits, group, scale_bits=16, zero_bits=0 if symmetric else bits, needs=needs)
 
 
-# What `--quantization` makes of a checkpoint of 16 bits while it loads. The output's matrix stays as it is.
+@dataclass(frozen=True)
+class Online:
+    """What the engine makes of 16-bit weights while it loads: all linear layers, or a mixture's experts alone.
+
+    `since` is the first version that has it, `streamed` the first that makes it of one layer after the other: before,
+    all weights are in the GPU's memory in 16 bits first.
+    """
+
+    scheme: Scheme
+    experts_only: bool = False
+    since: tuple[int, int] = (0, 0)
+    streamed: tuple[int, int] = (0, 0)
+
+
+# By the name for `--quantization` (each version's `layers/quantization/__init__.py`, `config/quantization.py`:
+# `_ONLINE_SHORTHANDS`, and `device="meta"` in `fp8.py` and `online/`).
 ON_THE_FLY = {
-    "fp8": FP8,
-    "fp8_per_tensor": FP8,
-    "fp8_per_block": Scheme("fp8", 8, group=128, rows=128, needs=(7, 5)),
-    "mxfp8": MXFP8,
-    "bitsandbytes": NF4,
-    "int8_per_channel_weight_only": INT8_ROWS,
+    "fp8": Online(FP8, streamed=(0, 16)),
+    "fp8_per_tensor": Online(FP8, since=(0, 20)),
+    "fp8_per_block": Online(Scheme("fp8", 8, group=128, rows=128), since=(0, 20)),
+    "fp8_per_channel": Online(FP8_ROWS, since=(0, 24)),
+    "mxfp8": Online(MXFP8, since=(0, 19)),
+    "mxfp4": Online(MXFP4, since=(0, 29)),
+    "int8_per_channel_weight_only": Online(INT8_ROWS, experts_only=True, since=(0, 20)),
+    "experts_int8": Online(dataclasses.replace(INT8_ROWS, needs=(8, 0)), experts_only=True, streamed=(0, 20)),
+    "nvfp4_per_token": Online(dataclasses.replace(NVFP4, needs=(10, 0)), experts_only=True, since=(0, 26)),
+    "bitsandbytes": Online(NF4),
 }
+
+# Methods that are not in the engine any more, from which version on, and what has them since.
+_PLUGINS = {"bitsandbytes": ((0, 28), "vllm-bnb-plugin"), "gguf": ((0, 24), "vllm-gguf-plugin")}
+
+# Other names that the engine takes for how a checkpoint is stored: another kernel for the same format.
+_KERNELS = {
+    "gptq": {"gptq_marlin", "auto_gptq", "marlin", "moe_wna16"},
+    "awq": {"awq_marlin", "auto_awq", "marlin", "moe_wna16"},
+    "fp8": {"deepseek_v4_fp8"},
+}
+# What a checkpoint has to be of itself: the engine does not make it (`weight_utils.py: get_quant_config`).
+STORED_ONLY = frozenset(("compressed-tensors", "quark", *_KERNELS["gptq"], *_KERNELS["awq"], "gptq", "awq"))
+_OWN_WAY = ("modelopt", "mxfp4")  # what the checkpoint says overrides whatever is asked
 
 
 def on_the_fly(method: str) -> Quantization | None:
-    """The quantisation that the engine makes itself, or None where the name is not one of those."""
-    scheme = ON_THE_FLY.get(method)
-    return None if scheme is None else Quantization(method, scheme, ignored=("lm_head",))
+    """The quantisation that the engine makes itself, or None where the name is not one of those.
+
+    The matrix of the output stays as it is.
+    """
+    online = ON_THE_FLY.get(method)
+    if online is None:
+        return None
+    return Quantization(method, online.scheme, ignored=("lm_head",), experts_only=online.experts_only)
+
+
+def plugin(method: str, version: tuple[int, int]) -> str | None:
+    """What has to be installed beside a version of the engine for a method, None for nothing."""
+    gone, name = _PLUGINS.get(method, ((999, 0), ""))
+    return name if version >= gone else None
 
 
 def goes_as(stored: str, asked: str) -> bool:
-    """Whether the engine takes another name for how a checkpoint is stored: another kernel for the same format.
+    """Whether the engine takes a method's name for a checkpoint that is stored as another says.
 
-    Any other is refused when it starts (vLLM, `ModelConfig._verify_quantization`).
+    Any other is refused when it starts (vLLM, `ModelConfig._verify_quantization`, and the methods'
+    `override_quantization_method`).
     """
-    kernels = {"gptq": {"moe_wna16"}, "awq": {"moe_wna16"}, "modelopt": {"modelopt_fp4", "modelopt_mixed"}}
-    plain = stored.removesuffix("_marlin")
-    return asked.removesuffix("_marlin") == plain or asked in kernels.get(plain, set())
+    return asked in (stored, "humming") or stored in _OWN_WAY or asked in _KERNELS.get(stored, set())
 
 
 def read(f: Fields, text: Fields, separate: Mapping[str, object] | None) -> Quantization | None:

@@ -22,6 +22,7 @@ _ELEMENT_BYTES = {"float32": 4, "float": 4}
 _BFLOAT16 = (8, 0)  # the least compute capability that has bfloat16
 _DISAGREE = 0.03  # between what the shapes and what the files say, from which on the files count
 _DRAFT = 2.0  # a layer for speculation in layers of the model: it can have embeddings of its own
+_PLAIN = 0.9  # of the size in 16 bits: files from which on are not quantised
 _BY_WEIGHT = 1.2  # encoders and diffusion: what runs beside the weights, as a share of them
 
 
@@ -57,7 +58,7 @@ def judge(facts: ModelFacts, card: Card, count: int, ask: Ask, constants: Engine
         return plan
     architecture, tp, pp = plan.architecture, plan.tensor_parallel, plan.pipeline_parallel
     padding = None
-    if plan.quantization is not None and plan.quantization.experts_only:
+    if plan.quantization is not None and plan.quantization.mxfp4_kernels:
         padding = weights.mxfp4_padding(card.compute_capability, stored=constants.mxfp4_stored)
     each = weights.per_stage(architecture, tp, pp, plan.element, plan.quantization, padding)
     adapters = overheads.lora(architecture, ask.lora, tp, pp) if ask.lora else 0
@@ -102,6 +103,9 @@ def judge(facts: ModelFacts, card: Card, count: int, ask: Ask, constants: Engine
         tokens = pool.tokens(blocks, plan.model_len, by_concurrency=constants.tokens_by_concurrency)
     rest = card.memory_bytes - budget - constants.context - (0 if constants.graph_in_budget else graphs)
     verdict, reason = _say(plan, card, ask, constants, pool, room, budget, rest, reach, at_once, free)
+    refused = _loading(plan, card, ask, constants)
+    if refused:
+        verdict, reason = Verdict.NO, refused
     price = None if card.usd_per_second is None else card.usd_per_second * 3600 * count
     found = Candidate(
         gpu=card.name,
@@ -149,25 +153,10 @@ def _plan(
     refused = _indivisible(architecture, tp, pp)
     if refused:
         return answer(Verdict.NO, refused)
-    stored = architecture.quantization
-    if ask.quantization and (stored is None or stored.method != ask.quantization):
-        made = quantization.on_the_fly(ask.quantization)
-        if stored is not None:
-            if not quantization.goes_as(stored.method, ask.quantization):
-                return answer(
-                    Verdict.NO,
-                    f"the weights are {stored.method}: the engine refuses {ask.quantization!r} for them",
-                )
-            assumptions.append(
-                f"the weights are {stored.method} already; {ask.quantization!r} changes nothing"
-            )
-        elif made is None:
-            return answer(
-                Verdict.UNKNOWN,
-                f"gpuctl does not know what the engine makes of quantization {ask.quantization!r}",
-            )
-        else:
-            stored = made
+    chosen = _stored(facts, architecture, ask, constants, assumptions)
+    if isinstance(chosen, tuple):
+        return answer(*chosen)
+    stored = chosen
     if stored is not None and card.compute_capability and stored.needs > card.compute_capability:
         needs = ".".join(map(str, stored.needs))
         return answer(Verdict.NO, f"{stored.method} weights need compute capability {needs}")
@@ -204,6 +193,61 @@ def _plan(
         batch=overheads.batch(card, ask, constants, ask.context or longest),
         scale=scale,
         assumptions=tuple(assumptions),
+    )
+
+
+def _stored(
+    facts: ModelFacts,
+    architecture: Architecture,
+    ask: Ask,
+    constants: EngineConstants,
+    assumptions: list[str],
+) -> Quantization | tuple[Verdict, str] | None:
+    """How the weights are in memory, None: in 16 bits; or why it cannot be as asked."""
+    stored, asked = architecture.quantization, ask.quantization
+    named = f"vLLM {constants.version}".rstrip()
+    release = constants.release
+    if asked and stored is not None and stored.method != asked:
+        if not quantization.goes_as(stored.method, asked):
+            return Verdict.NO, f"the weights are {stored.method}: the engine refuses {asked!r} for them"
+        assumptions.append(f"the weights are {stored.method} already; {asked!r} changes nothing")
+    elif asked and stored is None:
+        online = quantization.ON_THE_FLY.get(asked)
+        if online is None:
+            plain = facts.weight_bytes is not None and (
+                facts.weight_bytes > _PLAIN * weights.in_files(architecture)
+            )
+            if plain and asked in quantization.STORED_ONLY:
+                return (
+                    Verdict.NO,
+                    f"the weights are not quantised, and the engine does not make {asked!r} of them",
+                )
+            return Verdict.UNKNOWN, f"gpuctl does not know what the engine makes of quantization {asked!r}"
+        if release < online.since:
+            first = ".".join(map(str, online.since))
+            return Verdict.NO, f"{named} has no quantization {asked!r}, {first} is the first that has"
+        stored = quantization.on_the_fly(asked)
+    beside = None if stored is None else quantization.plugin(stored.method, release)
+    if stored is not None and beside:
+        assumptions.append(f"{named} has no {stored.method} of its own: assumed that {beside} is installed")
+    return stored
+
+
+def _loading(plan: _Plan, card: Card, ask: Ask, constants: EngineConstants) -> str | None:
+    """Why the weights cannot be loaded, where the engine has all of them in 16 bits before it quantises them."""
+    online = quantization.ON_THE_FLY.get(ask.quantization or "")
+    if online is None or plan.architecture.quantization is not None or constants.release >= online.streamed:
+        return None
+    most = max(
+        weights.per_stage(
+            plan.architecture, plan.tensor_parallel, plan.pipeline_parallel, plan.element, None, None
+        )
+    )
+    if most <= card.memory_bytes - constants.context:
+        return None
+    return (
+        f"vLLM {constants.version} loads all {most / GIB:.1f} GiB in 16 bits before it makes {ask.quantization} of "
+        f"them; from {'.'.join(map(str, online.streamed))} on it does so layer by layer"
     )
 
 
