@@ -175,7 +175,7 @@ def test_large_arguments_and_results(deployed: TestPlane) -> None:
 
 def test_handles_of_calls(deployed: TestPlane) -> None:
     code = """
-        square, sleeps = function("square"), function("sleeps")
+        square, sleeps = function("square"), function("sleeps_alone")
         calls = [square.spawn(n) for n in range(4)]
         assert modal.FunctionCall.gather(*calls) == [0, 1, 4, 9]
         assert modal.FunctionCall.from_id(calls[3].object_id).get() == 9
@@ -198,10 +198,8 @@ def test_handles_of_calls(deployed: TestPlane) -> None:
             long.get()
         except modal.exception.RemoteError as error:
             assert "cancelled" in str(error)
-        assert time.monotonic() - began < 2
-        # Its container is free again, and is the one that does the next.
-        assert sleeps.remote(name + "-next", 0) == "slept"
-        assert sleeps.get_current_stats().num_total_runners == 1
+        assert time.monotonic() - began < 30, "it would have slept for a minute"
+        sleeps.remote(name, 0)
         graph = function("sum_of_squares").spawn(3)
         assert graph.get() == 5
         (top,) = graph.get_call_graph()
@@ -209,7 +207,11 @@ def test_handles_of_calls(deployed: TestPlane) -> None:
     """
     name = uuid.uuid4().hex
     script(deployed, code, name=name)
-    assert marks(deployed, f"{name}-ended") == 0
+    assert marks(deployed, f"{name}-began") == 2
+    assert marks(deployed, f"{name}-ended") == 1
+    # The container of the cancelled one was free again, and did the next.
+    (mark,) = deployed.state_dir.glob(f"volumes/*/{name}-in-*")
+    assert len(mark.read_text()) == 2
 
 
 def test_failures_are_retried_and_timeouts_end_the_input(deployed: TestPlane) -> None:

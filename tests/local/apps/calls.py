@@ -112,6 +112,12 @@ def sleeps(name: str, seconds: float):
     return "slept"
 
 
+@app.function(volumes={"/marks": marks}, max_containers=1)
+def sleeps_alone(name: str, seconds: float):
+    count(f"{name}-in-{os.environ['MODAL_TASK_ID']}")
+    sleeps.local(name, seconds)
+
+
 @app.function(volumes={"/marks": marks})
 def read_mark(name):
     path = Path("/marks", name)
