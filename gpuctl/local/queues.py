@@ -120,7 +120,7 @@ class Queues:
             raise invalid(f"'{request.last_entry_id}' is not an id of an item.") from error
         deadline = _deadline(request.item_poll_timeout)
         while True:
-            found = self._items.after(row.id, partition, min(last, _LARGEST_ID), _PAGE)
+            found = self._items.after(row.id, partition, max(0, min(last, _LARGEST_ID)), _PAGE)
             if found or not await self._wait(row.id, partition, deadline):
                 items = [api_pb2.QueueItem(value=value, entry_id=str(number)) for number, value in found]
                 return api_pb2.QueueNextItemsResponse(items=items)

@@ -11,7 +11,7 @@ from typing import Any
 import grpclib
 import pytest
 from grpclib.client import Channel
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from modal_proto import api_pb2
 
@@ -188,6 +188,7 @@ def test_who_waits_is_woken_by_the_end_of_the_queue(plane: TestPlane) -> None:
     assert asyncio.run(run()).status is grpclib.Status.NOT_FOUND
 
 
+@example(text="", key=b"", last=str(-(2**63) - 1), number=0)
 @given(
     text=st.text(max_size=30),
     key=st.binary(max_size=70),

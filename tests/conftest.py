@@ -1,0 +1,10 @@
+"""For all tiers: a test that passed passes again on the same code.
+
+`pytest --hypothesis-profile=default` looks for new examples instead.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)
