@@ -58,7 +58,7 @@ def lost(target: Target) -> GpuctlError | None:
     from gpuctl.local import client
 
     folder = state_dir() / "local"
-    if client.running(folder) is not None:
+    if client.running(folder) is not None or client.coming_back(folder):
         return None
     how = "was killed" if client.was_killed(folder) else "was stopped"
     return GpuctlError(

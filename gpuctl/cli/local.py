@@ -80,6 +80,8 @@ def status(json: Json = False) -> None:
         )
     elif plane:
         typer.echo(f"up: {plane.url} (pid {plane.pid}), state in {state_dir}")
+    elif client.coming_back(state_dir):
+        typer.echo(f"coming back by itself: it was killed; state in {state_dir}")
     else:
         typer.echo(f"down; state in {state_dir}")
     if plane is None:

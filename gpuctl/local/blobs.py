@@ -24,6 +24,7 @@ from gpuctl.local.sandbox import EGRESS_PORT
 from gpuctl.local.wire import Call, invalid, not_found, rpc
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from pathlib import Path
 
@@ -51,14 +52,14 @@ class Blobs:
         for directory in (self._files, self._blobs):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    async def start(self) -> None:
-        """Listen on a free loopback port."""
+    async def start(self, listener: socket.socket) -> None:
+        """Serve what connects to a loopback port that listens."""
         self._runner = web.ServerRunner(
             web.Server(self._handle, access_log=None, read_bufsize=_CHUNK), shutdown_timeout=1
         )
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.port = int(self._runner.addresses[0][1])
+        self.port = int(listener.getsockname()[1])
+        await web.SockSite(self._runner, listener, backlog=1024).start()
 
     async def stop(self) -> None:
         if self._runner is not None:

@@ -71,6 +71,14 @@ def was_killed(state_dir: Path) -> bool:
     return (state_dir / STATE_FILE).exists() and running(state_dir) is None
 
 
+def coming_back(state_dir: Path) -> bool:
+    """Whether the last plane was killed and its supervisor is starting another."""
+    if not was_killed(state_dir):
+        return False
+    with _held(state_dir) as ours:
+        return not ours
+
+
 def process_start(pid: int) -> str | None:
     """When a process started, which tells one user of a pid from the next; None when it is gone."""
     try:

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import functools
 import hmac
 import json
 import logging
@@ -19,14 +20,15 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.local import sockets
 from gpuctl.local.client import LOCK_FILE, LOG_FILE, STATE_FILE, process_start
+from gpuctl.local.listeners import Listeners
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Coroutine, Iterator, Mapping
 
     from gpuctl.local.wire import Endpoint
 
@@ -44,13 +46,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=None)
     parser.add_argument("--ready-fd", type=int, default=None)
     parser.add_argument("--detach", action="store_true")
+    parser.add_argument(
+        "--inherit", help="what a supervisor hands on: the channel to it, the lock, the ports"
+    )
     options = parser.parse_args(arguments)
-    if options.detach:
+    listeners, lock = Listeners(), None
+    if options.inherit:
+        listeners, lock = _inherited([int(number) for number in options.inherit.split(",")])
+    elif options.detach:
         _detach()
     ready = os.fdopen(options.ready_fd, "w") if options.ready_fd is not None else None
     try:
-        with _own(options.state_dir, log_to_file=options.detach):
-            return asyncio.run(_serve(options.state_dir, options.cache_dir, options.port, ready))
+        with _own(options.state_dir, lock, log_to_file=options.detach) as held:
+            supervise = None
+            if options.detach:
+                command = [sys.executable, "-P", "-m", "gpuctl.local.daemon", "--detach"]
+                command += ["--state-dir", str(options.state_dir), "--cache-dir", str(options.cache_dir)]
+                supervise = functools.partial(listeners.supervise, command, held, options.state_dir)
+            return asyncio.run(
+                _serve(options.state_dir, options.cache_dir, options.port, ready, listeners, supervise)
+            )
     except GpuctlError as error:
         answer = {
             "problems": error.problems,
@@ -73,6 +88,15 @@ class _TakenError(GpuctlError):
     """Another plane has the state directory."""
 
 
+def _inherited(descriptors: list[int]) -> tuple[Listeners, IO[str]]:
+    """What the plane before this one had."""
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    channel, lock, *ports = descriptors
+    listeners = Listeners(socket.socket(fileno=channel), [socket.socket(fileno=port) for port in ports])
+    return listeners, os.fdopen(lock, "a+")
+
+
 def _detach() -> None:
     """Become a daemon: no terminal, no session of the caller's, a child of init."""
     if os.fork():
@@ -85,20 +109,26 @@ def _detach() -> None:
 
 
 @contextlib.contextmanager
-def _own(state_dir: Path, *, log_to_file: bool) -> Any:
-    """Hold the state directory; the kernel gives it back whatever way this process ends."""
+def _own(state_dir: Path, lock: IO[str] | None, *, log_to_file: bool) -> Iterator[int]:
+    """Hold the state directory; the kernel gives it back once this process and its supervisor have ended.
+
+    `lock`: the lock file, where a supervisor has held it all the time. Yields its descriptor.
+    """
     os.umask(0o077)
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         state_dir.chmod(0o700)
-        lock = (state_dir / LOCK_FILE).open("a+")
+        inherited, lock = lock, lock or (state_dir / LOCK_FILE).open("a+")
     except OSError as error:
         raise GpuctlError(f"the state directory {state_dir} cannot be used: {error.strerror}") from error
     with lock:
-        if not _take(lock):
+        if inherited is None and not _take(lock):
             lock.seek(0)
-            pid = lock.read().strip() or "another process"
-            raise _TakenError(f"the local control plane is already up (pid {pid})", exit_code=EXIT_USAGE)
+            pid = lock.read().strip()
+            how = f"is already up (pid {pid})"
+            if pid.isdecimal() and process_start(int(pid)) is None:
+                how = "was killed, and is coming back by itself"
+            raise _TakenError(f"the local control plane {how}", exit_code=EXIT_USAGE)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -111,10 +141,10 @@ def _own(state_dir: Path, *, log_to_file: bool) -> Any:
         # These speak of every connection and every cancelled stream.
         for noisy in ("asyncio", "hpack", "grpclib", "aiohttp"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
-        yield
+        yield lock.fileno()
 
 
-def _take(lock: Any) -> bool:
+def _take(lock: IO[str]) -> bool:
     """Lock the file; whoever only looks whether it is locked holds it for a moment, so it is tried a few times."""
     for _ in range(5):
         try:
@@ -135,13 +165,21 @@ def _redirect_output(path: Path) -> None:
     os.close(descriptor)
 
 
-async def _serve(state_dir: Path, cache_dir: Path, port: int | None, ready: Any) -> int:
+async def _serve(
+    state_dir: Path,
+    cache_dir: Path,
+    port: int | None,
+    ready: IO[str] | None,
+    listeners: Listeners,
+    supervise: Callable[[], Coroutine[Any, Any, None]] | None,
+) -> int:
     began = time.monotonic()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # The port first: nothing else takes long, and nothing may be half done when it is taken.
-    plane = ControlPlane(state_dir, cache_dir)
+    plane = ControlPlane(state_dir, cache_dir, listeners)
+    supervision = None
     try:
         await plane.start(port)
         _write_private(state_dir / STATE_FILE, json.dumps(plane.description()))
@@ -149,11 +187,16 @@ async def _serve(state_dir: Path, cache_dir: Path, port: int | None, ready: Any)
         if ready is not None:
             ready.write("{}")
             ready.close()
+        listeners.serving()
+        supervision = asyncio.create_task(supervise()) if supervise else None
         await stop.wait()
         log.info("stopping")
-    finally:
+        listeners.stopping()
         # First: who looks for a plane now must wait for the next, not talk to this one.
         (state_dir / STATE_FILE).unlink(missing_ok=True)
+    finally:
+        if supervision is not None:
+            supervision.cancel()
         await plane.stop()
     log.info("down")
     return 0
@@ -170,7 +213,7 @@ def _write_private(path: Path, text: str) -> None:
 class ControlPlane:
     """All nouns of one plane, wired together."""
 
-    def __init__(self, state_dir: Path, cache_dir: Path) -> None:
+    def __init__(self, state_dir: Path, cache_dir: Path, listeners: Listeners) -> None:
         from gpuctl.local.apps import Apps
         from gpuctl.local.billing import Billing
         from gpuctl.local.blobs import Blobs
@@ -200,6 +243,7 @@ class ControlPlane:
 
         self._state_dir = state_dir
         self._cache_dir = cache_dir
+        self._ports = listeners
         self._store = store = Store(state_dir / "plane.db")
         self._token_id = self._remembered("token_id", lambda: new_id("ak"))
         self._token_secret = self._remembered("token_secret", lambda: new_id("as"))
@@ -217,7 +261,7 @@ class ControlPlane:
         self._queues = Queues(self._items, self._environments)
         self._proxy_tokens = ProxyTokens(store, self._environments)
         self._images = Images(ImageStore(cache_dir, hide=(state_dir,)), self._mounts, self._secrets)
-        self._servers = Servers(store, self._environments, self._logs, self._proxy_tokens)
+        self._servers = Servers(store, self._environments, self._logs, self._proxy_tokens, listeners)
         gpus = Gpus(cards())
         self._functions = Functions(
             store,
@@ -316,9 +360,9 @@ class ControlPlane:
         from gpuctl.local.service import routes
         from gpuctl.local.wire import collect
 
-        listener = self._listener(port)
+        listener = self._listener("port", port)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        await self._blobs.start()
+        await self._blobs.start(self._listener("http_port"))
         # Containers use a unix socket.
         folder = sockets.make(self._state_dir)
         self._runtime = ContainerRuntime(
@@ -352,20 +396,15 @@ class ControlPlane:
             await self._volumes.sweep()
             await asyncio.sleep(_SWEEP_SECONDS)
 
-    def _listener(self, port: int | None) -> socket.socket:
+    def _listener(self, name: str, port: int | None = None) -> socket.socket:
         """The wanted port; without one the port of last time, or a free one if that is taken."""
-        last = int(self._store.meta("port") or 0)
+        last = int(self._store.meta(name) or 0)
         for candidate in [port] if port is not None else [last, 0]:
-            # The protocol is named because asyncio sets TCP_NODELAY only where it is; without, a call takes 44 ms.
-            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind(("127.0.0.1", candidate))
-                listener.listen(128)
+                listener = self._ports.open(candidate)
             except (OSError, OverflowError):
-                listener.close()
                 continue
-            self._store.set_meta("port", str(listener.getsockname()[1]))
+            self._store.set_meta(name, str(listener.getsockname()[1]))
             return listener
         raise usage_error(
             f"--port: {port} is taken or not allowed", hint="without --port, a free one is chosen"

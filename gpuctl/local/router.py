@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from gpuctl.local.proxy_tokens import bearer_token
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from gpuctl.local.listeners import Listeners
 
 # RFC 9110, section 7.6.1: these speak of one connection, not of the message.
 _HOP_BY_HOP = frozenset(
@@ -128,9 +129,10 @@ def listens(pid: int, port: int) -> bool:
 class Router:
     """Listens on a loopback port and carries requests to where `route` says."""
 
-    def __init__(self, authorize: Authorize, route: Route) -> None:
+    def __init__(self, authorize: Authorize, route: Route, listeners: Listeners) -> None:
         self._authorize = authorize
         self._route = route
+        self._listeners = listeners
         self._runner: web.ServerRunner | None = None
         self._site: web.BaseSite | None = None
         self.port = 0
@@ -146,12 +148,10 @@ class Router:
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=0.5)
         await self._runner.setup()
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # see daemon
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("127.0.0.1", port))
+            listener = self._listeners.open(port)
         except OSError:
-            listener.bind(("127.0.0.1", 0))
+            listener = self._listeners.open(0)
         self.port = int(listener.getsockname()[1])
         self._site = web.SockSite(self._runner, listener, backlog=1024)
         await self._site.start()
@@ -162,6 +162,7 @@ class Router:
         if self._site is not None:
             site, self._site = self._site, None
             await site.stop()
+            self._listeners.close(self.port)
 
     async def close(self) -> None:
         """End it, and what is under way."""

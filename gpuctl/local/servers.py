@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from gpuctl.local.environments import Environments
     from gpuctl.local.functions import Functions
+    from gpuctl.local.listeners import Listeners
     from gpuctl.local.logs import Logs
     from gpuctl.local.proxy_tokens import ProxyTokens
     from gpuctl.local.store import Deployment, Function, Store
@@ -138,6 +139,7 @@ class Pool:
         tasks: Tasks,
         logs: Logs,
         tokens: ProxyTokens,
+        listeners: Listeners,
     ) -> None:
         self.function_id = function.id
         self.app_id = function.app_id
@@ -146,7 +148,7 @@ class Pool:
         self._tasks = tasks
         self._logs = logs
         self._tokens = tokens
-        self.router = Router(self._authorize, self._route)
+        self.router = Router(self._authorize, self._route, listeners)
         self.limits: Limits | None = None  # None until the app is published
         self._deployment: Deployment | None = None
         self._definition_id = ""
@@ -421,11 +423,13 @@ class Servers:
         environments: Environments,
         logs: Logs,
         tokens: ProxyTokens,
+        listeners: Listeners,
     ) -> None:
         self._store = store
         self._environments = environments
         self._logs = logs
         self._tokens = tokens
+        self._listeners = listeners
         self._pools: dict[str, Pool] = {}
         # Called with a function's id when its settings were changed: functions have pools of another kind.
         self.settings_hooks: list[Callable[[str], None]] = []
@@ -449,7 +453,9 @@ class Servers:
         function = self._functions.row(function_id)
         app = self._store.app(function.app_id)
         assert app is not None
-        pool = Pool(function, self._store, self._functions, self._tasks, self._logs, self._tokens)
+        pool = Pool(
+            function, self._store, self._functions, self._tasks, self._logs, self._tokens, self._listeners
+        )
         self._pools[function_id] = pool
         named = app.state in (api_pb2.APP_STATE_DEPLOYED, api_pb2.APP_STATE_INITIALIZING)
         had = function.port or (

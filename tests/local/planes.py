@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.local import client
+from gpuctl.local.listeners import SUPERVISOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -75,6 +77,18 @@ def eventually(question: Callable[[], Any], *, seconds: float = 30.0, every: flo
         time.sleep(every)
 
 
+def processes(*words: str) -> list[int]:
+    """The processes of this machine that have all of these in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                line = (entry / "cmdline").read_bytes()
+                if all(word.encode() in line for word in words):
+                    found.append(int(entry.name))
+    return found
+
+
 @cache
 def _helper() -> subprocess.Popen[str]:
     """The one process that forks for `TestPlane.quick`; it ends when its standard input does."""
@@ -105,11 +119,25 @@ class TestPlane:
     def down(self) -> None:
         client.down(self.state_dir)
 
-    def kill(self) -> None:
-        """As `kill -9` does."""
+    def supervisors(self) -> list[int]:
+        """What would bring it back: one process, once it has served for a moment."""
+        return processes(str(SUPERVISOR), str(self.state_dir))
+
+    def crash(self) -> None:
+        """As `kill -9` of it does: it comes back by itself."""
         pid = self.now.pid
-        os.kill(pid, 9)
-        eventually(lambda: client.process_start(pid) is None, seconds=5)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: client.process_start(pid) is None)
+
+    def kill(self) -> None:
+        """As the end of the machine does, supervisor and all: only the next command brings it back."""
+        pid = self.now.pid
+        eventually(self.supervisors)
+        os.kill(pid, signal.SIGSTOP)
+        for supervisor in self.supervisors():
+            os.kill(supervisor, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: client.process_start(pid) is None)
 
     def environment(self, **extra: str) -> dict[str, str]:
         own = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "T_"))}

@@ -1,4 +1,7 @@
-"""`kill -9` of containers and of the plane while a `.map` runs: every input is answered once, and nothing is left."""
+"""`kill -9` of containers, of the plane and of its supervisor while a `.map` runs.
+
+The plane comes back by itself; every input is answered once, and nothing is left.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gpuctl.errors import GpuctlError
+from gpuctl.local import client
 
-from .planes import APPS
+from .planes import APPS, eventually, processes
 
 if TYPE_CHECKING:
     from .planes import TestPlane
@@ -36,14 +39,7 @@ CLIENT = """
 
 def processes_of(plane: TestPlane) -> list[int]:
     """The processes of its containers, launchers included."""
-    mark = str(plane.state_dir).encode() + b"/run/"
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if mark in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-    return found
+    return processes(f"{plane.state_dir}/run/")
 
 
 def below(pids: list[int]) -> list[int]:
@@ -56,18 +52,12 @@ def below(pids: list[int]) -> list[int]:
     return found
 
 
-def revive(plane: TestPlane) -> None:
-    """What any command does: a plane that is not there is started."""
-    with contextlib.suppress(GpuctlError):  # up already
-        plane.up()
-
-
 def storm(plane: TestPlane, inputs: int, kills: int, seed: int, folder: Path) -> None:
     chance = random.Random(seed)
     plane.up()
     plane.modal("deploy", "calls.py")
     results = folder / "results"
-    client = subprocess.Popen(
+    mapping = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(CLIENT), str(inputs), str(results)],
         env=plane.environment(),
         cwd=APPS,
@@ -82,15 +72,18 @@ def storm(plane: TestPlane, inputs: int, kills: int, seed: int, folder: Path) ->
     deadline = time.monotonic() + 60 + kills * 6
     for number in range(kills):
         # Spread over the whole map, whatever the machine's speed.
-        while client.poll() is None and answered() < inputs * number / kills:
+        while mapping.poll() is None and answered() < inputs * number / kills:
             assert time.monotonic() < deadline, (answered(), done)
             time.sleep(0.01)
-        assert client.poll() is None, f"the map ended after {done}: {client.communicate()[1]}"
+        assert mapping.poll() is None, f"the map ended after {done}: {mapping.communicate()[1]}"
         if number % 4 == 1:
-            plane.kill()
+            eventually(lambda: client.running(plane.state_dir))
+            if number % 16 == 5:  # of both one replaces the other
+                [supervisor] = eventually(plane.supervisors)
+                os.kill(supervisor, signal.SIGKILL)
+                eventually(lambda: [pid for pid in plane.supervisors() if pid != supervisor])  # noqa: B023
+            plane.crash()
             done["plane"] += 1
-            time.sleep(chance.random() * 0.3)
-            revive(plane)
             continue
         victims: list[int] = []
         while not victims:
@@ -100,8 +93,8 @@ def storm(plane: TestPlane, inputs: int, kills: int, seed: int, folder: Path) ->
         with contextlib.suppress(ProcessLookupError):
             os.kill(chance.choice(victims), signal.SIGKILL)
             done["container"] += 1
-    _, errors = client.communicate(timeout=max(deadline - time.monotonic(), 1))
-    assert client.returncode == 0, errors
+    _, errors = mapping.communicate(timeout=max(deadline - time.monotonic(), 1))
+    assert mapping.returncode == 0, errors
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert sorted(x for x, _ in rows) == list(range(inputs)), "every input is answered exactly once"
     assert len({task for _, task in rows}) > 1
@@ -113,6 +106,7 @@ def storm(plane: TestPlane, inputs: int, kills: int, seed: int, folder: Path) ->
 def nothing_is_left(plane: TestPlane) -> None:
     plane.down()
     assert below(processes_of(plane)) == []
+    assert plane.supervisors() == []
     assert str(plane.state_dir) not in Path("/proc/self/mountinfo").read_text()
     assert list((plane.state_dir / "run").glob("ta-*")) == []
     with (plane.state_dir / "lock").open("a+") as lock:

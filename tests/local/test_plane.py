@@ -173,6 +173,77 @@ def test_a_killed_plane_comes_back_with_everything(new_plane: TestPlane) -> None
     )
 
 
+def test_a_killed_plane_comes_back_by_itself(new_plane: TestPlane) -> None:
+    first = new_plane.up()
+    url = new_plane.deploy("returns", open=1, min=1)
+    environment = new_plane.environment()
+    [supervisor] = eventually(new_plane.supervisors)
+    new_plane.crash()
+    # Who comes now waits: a client, a request to a server, another `up`.
+    assert http(f"{url}/who").status in (200, 503)
+    command = [sys.executable, "-m", "modal", "app", "list", "--json"]
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert [app["description"] for app in json.loads(listed)] == ["returns"]
+    with pytest.raises(
+        GpuctlError, match=r"the local control plane (is already up|was killed, and is coming)"
+    ):
+        new_plane.up()
+    second = new_plane.now
+    assert (second.url, second.pid == first.pid) == (first.url, False)
+    assert new_plane.supervisors() == [supervisor]
+
+    # The two replace each other.
+    os.kill(supervisor, signal.SIGKILL)
+    [another] = eventually(lambda: [pid for pid in new_plane.supervisors() if pid != supervisor])
+    new_plane.crash()
+    assert client.ensure_up(new_plane.state_dir, image_cache()).url == first.url
+    assert new_plane.ready(f"{url}/who").status == 200
+    assert new_plane.supervisors() == [another]
+    assert resident_mb(new_plane.now.pid) + resident_mb(another) < 150
+    new_plane.crash()
+    new_plane.down()  # also one that is on its way back
+    assert new_plane.supervisors() == []
+    assert http(url).status == 0
+
+
+def resident_mb(pid: int) -> float:
+    status = client.Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def test_a_plane_that_cannot_start_again_stays_down_and_says_so(new_plane: TestPlane) -> None:
+    port = int(new_plane.up().url.rpartition(":")[2])
+    eventually(new_plane.supervisors)
+    database = new_plane.state_dir / "plane.db"
+    kept = {file: file.read_bytes() for file in new_plane.state_dir.glob("plane.db*")}
+    new_plane.crash()
+    for file in kept:
+        file.unlink(missing_ok=True)
+    database.write_bytes(b"no database at all" * 1000)
+    eventually(lambda: not new_plane.supervisors(), seconds=120)
+    assert client.running(new_plane.state_dir) is None
+    assert not client.coming_back(new_plane.state_dir)
+    log = (new_plane.state_dir / "plane.log").read_text()
+    assert "file is not a database" in log
+    assert "for the 5th time in a row: it stays down" in log
+    assert http(f"http://127.0.0.1:{port}").status == 0
+    for file, content in kept.items():
+        file.write_bytes(content)
+    assert new_plane.up().url.endswith(f":{port}")
+
+
+def test_nothing_comes_back_without_its_state_directory(new_plane: TestPlane) -> None:
+    new_plane.up()
+    eventually(new_plane.supervisors)
+    pid = new_plane.now.pid
+    away = new_plane.state_dir.rename(new_plane.state_dir.with_name("away"))
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not new_plane.supervisors())
+    assert not new_plane.state_dir.exists()
+    away.rename(new_plane.state_dir)
+    assert client.was_killed(new_plane.state_dir)
+
+
 def test_down_stops_containers_orderly_and_keeps_the_state(new_plane: TestPlane) -> None:
     new_plane.up()
     url = new_plane.deploy("orderly", open=1, min=1)
