@@ -30,7 +30,7 @@ from gpuctl.paths import state_dir
 from gpuctl.prices import rates
 from gpuctl.reach import environment_name, no_environment, reach
 from gpuctl.records import DeploymentRecord, Records
-from gpuctl.specs.serve import OWN_TAG
+from gpuctl.specs.resources import OWN_TAG
 from gpuctl.target import Target
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gpuctl.catalog.pricing import ModalPlan
     from gpuctl.prices import Rates
-    from gpuctl.specs.serve import Amount, ServeSpec
+    from gpuctl.specs.resources import Amount, ServeSpec
 
 HOURS_PER_MONTH = 730  # 8760 / 12
 _MIB_PER_GIB = 1024

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gpuctl import __version__, paths
 from gpuctl.errors import GpuctlError
 from gpuctl.specs.engine_args import GPU_MEMORY_UTILIZATION, gives
-from gpuctl.specs.serve import CACHES, Amount
+from gpuctl.specs.resources import CACHES, Amount
 from gpuctl.target import Target
 
 if TYPE_CHECKING:

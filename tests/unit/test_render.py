@@ -29,7 +29,8 @@ from gpuctl.errors import GpuctlError
 from gpuctl.plan import plan_serve
 from gpuctl.render import literal, render_serve, shell_word
 from gpuctl.specs.model import ModelRef
-from gpuctl.specs.serve import ServeSpec, VolumeMount
+from gpuctl.specs.resources import VolumeMount
+from gpuctl.specs.serve import ServeSpec
 from gpuctl.target import Target
 
 # -- literals

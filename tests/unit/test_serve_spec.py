@@ -15,7 +15,8 @@ from gpuctl.errors import GpuctlError
 from gpuctl.specs import names
 from gpuctl.specs.engine_args import RESERVED, check_engine_args, gives
 from gpuctl.specs.model import ModelRef
-from gpuctl.specs.serve import Amount, ServeSpec, VolumeMount, default_startup_timeout
+from gpuctl.specs.resources import Amount, VolumeMount
+from gpuctl.specs.serve import ServeSpec, default_startup_timeout
 from gpuctl.target import Target
 
 
