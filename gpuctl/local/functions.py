@@ -312,15 +312,8 @@ class Functions:
         for name, function_id in sorted(deployment.layout.function_ids.items()):
             data = self.data(deployment.layout.definition_ids[function_id])
             first = data.ranked_functions[0].function
-            gpus = [
-                r.function.resources.gpu_config
-                for r in data.ranked_functions
-                if r.function.resources.gpu_config.count
-            ]
-            if gpus:
-                wanted = " or ".join(f"{gpu.gpu_type}:{gpu.count}" for gpu in gpus)
-                if note := self._gpu_note(gpus[0].gpu_type, gpus[0].count):
-                    said[f"{name}: GPU {wanted} asked for; {note}"] = None
+            if said_of_gpus := self.gpu_warning(name, data):
+                said[said_of_gpus] = None
             if data.HasField("schedule") or first.HasField("schedule"):
                 said[f"{name}: its schedule does not fire on the local control plane."] = None
             if first.checkpointing_enabled:
@@ -332,6 +325,17 @@ class Functions:
             for warning in image_warnings(first.image_id):
                 said[warning] = None
         return list(said)
+
+    def gpu_warning(self, name: str, data: Any) -> str:
+        """What is not as asked of its GPUs; "" where nothing is."""
+        gpus = [
+            r.function.resources.gpu_config
+            for r in data.ranked_functions
+            if r.function.resources.gpu_config.count
+        ]
+        note = self._gpu_note(gpus[0].gpu_type, gpus[0].count) if gpus else ""
+        wanted = " or ".join(f"{gpu.gpu_type}:{gpu.count}" for gpu in gpus)
+        return note and f"{name}: GPU {wanted} asked for; {note}"
 
     def _gpu_note(self, kind: str, count: int) -> str:
         """What is not as asked; "" where this machine has such cards, and enough of them."""

@@ -372,14 +372,23 @@ class _LayerBuild:
         self._official_python = False
 
     async def run(self) -> _Layer:
+        try:
+            await self._apply_all()
+        except ImageBuildError as error:
+            if not self._layer.warnings:
+                raise
+            # Often the cause; and what was said while a parent was built, this build's log does not have.
+            raise ImageBuildError(f"{error} (note: {'; '.join(self._layer.warnings)})") from error
+        shutil.rmtree(self._folder / "context", ignore_errors=True)
+        return self._layer
+
+    async def _apply_all(self) -> None:
         for command in dockerfile.join_continuations(self._image.dockerfile_commands):
             await self._apply(command)
         if not self._layer.tree:
             await self._new_environment(self._python_hint)
         if self._image.HasField("build_function"):
             await self._function()
-        shutil.rmtree(self._folder / "context", ignore_errors=True)
-        return self._layer
 
     async def _apply(self, command: str) -> None:
         word, _, rest = command.strip().partition(" ")

@@ -106,6 +106,16 @@ class Pool:
         self.definition_id = definition_id
         self.forgive()
         self.configure()
+        self._warn_of_gpus()
+
+    def _warn_of_gpus(self) -> None:
+        """A deployment was told of what its functions ask for; what a variant asks for is known only now."""
+        of, base = self._functions, self._functions.base_of(self.function_id)
+        warning = of.gpu_warning(self._name, of.data_of(self.function_id, self.definition_id))
+        if base != self.function_id and warning != of.gpu_warning(
+            self._name, of.data_of(base, self.definition_id)
+        ):
+            self._say(warning)
 
     def configure(self) -> None:
         """Read the settings again."""

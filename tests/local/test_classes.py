@@ -31,11 +31,13 @@ def test_classes_with_parameters_and_options(deployed: TestPlane) -> None:
         assert list(two.spell.remote_gen()) == list(word)
         task, extra = two.where.remote()
         assert extra is None and Greeter(word=word, times=2).where.remote() == (task, None)
-        other, extra = Greeter.with_options(env={"EXTRA": "yes"})(word=word, times=2).where.remote()
+        other, extra = Greeter.with_options(env={"EXTRA": "yes"}, gpu="B200:99")(word=word, times=2).where.remote()
         assert extra == "yes" and other != task
     """
     word = uuid.uuid4().hex
     script(deployed, code, word=word)
+    said = deployed.modal("app", "logs", "classes", "--source", "system").stdout
+    assert said.count(": GPU B200:99 asked for; this machine has ") == 1
     # Both containers end after their scaledown_window of 2 s, by their exit hooks.
     eventually(lambda: marks(deployed, f"exit-{word}") == 2, seconds=10)
 

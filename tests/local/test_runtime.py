@@ -191,6 +191,14 @@ def test_a_failing_command_fails_the_build_and_can_be_tried_again(
             build(store, ["FROM base", command], base.id)
 
 
+def test_a_failing_command_is_told_with_what_the_image_lacks_here(
+    store: ImageStore, image: BuiltImage
+) -> None:
+    said = r"RUN ffmpeg-of-old -v ended with exit code 127 \(note: system packages are not installed here: ffmpeg\)"
+    with pytest.raises(ImageBuildError, match=said):
+        build(store, ["FROM base", "RUN ffmpeg-of-old -v"], image.id)
+
+
 def test_an_index_that_cannot_be_reached_is_left_out(store: ImageStore, base: BuiltImage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
