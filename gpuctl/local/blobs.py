@@ -12,9 +12,10 @@ import hashlib
 import hmac
 import os
 import secrets
+import shutil
 import time
 import urllib.parse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from aiohttp import web
 from modal_proto import api_pb2
@@ -79,21 +80,40 @@ class Blobs:
             return None
         path = plain.with_name(plain.name + ".x")
         if not path.exists():
-            self._write(path, plain.read_bytes(), 0o755)
+            part = path.with_name(f".{secrets.token_hex(8)}")
+            shutil.copyfile(plain, part)
+            part.chmod(0o755)
+            part.replace(path)
         return path
 
     def put(self, sha256_hex: str, data: bytes) -> None:
         """Keep a file whose hash the client named; the hash is checked."""
         if hashlib.sha256(data).hexdigest() != _checked_hash(sha256_hex):
             raise invalid("The data does not have the SHA-256 that was given for it.")
-        self._write(self._files / sha256_hex, data, 0o644)
+        part = self._files / f".{secrets.token_hex(8)}"
+        part.write_bytes(data)
+        part.chmod(0o644)
+        part.replace(self._files / sha256_hex)
 
-    def blob(self, blob_id: str) -> bytes:
-        """Raises NOT_FOUND for one that was never uploaded."""
+    def put_blob(self, sha256_hex: str, blob_id: str) -> None:
+        """The same of a blob, which may be of any size: its file gets a second name. Blocks while it is hashed."""
+        path = self.blob(blob_id)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != _checked_hash(sha256_hex):
+                raise invalid("The data does not have the SHA-256 that was given for it.")
+        part = path.with_name(f".{secrets.token_hex(8)}")
+        part.hardlink_to(path)
+        try:
+            part.replace(self._files / sha256_hex)
+        finally:
+            part.unlink(missing_ok=True)  # replacing a name of the same file does nothing
+
+    def blob(self, blob_id: str) -> Path:
+        """Its file. Raises NOT_FOUND for one that was never uploaded."""
         path = self._blobs / blob_id
         if not is_id(blob_id, "bl") or not path.exists():
             raise not_found(f"Blob '{blob_id}' not found.")
-        return path.read_bytes()
+        return path
 
     def sweep(self) -> None:
         """Remove the blobs of calls that are forgotten: arguments and results, older than any result is kept."""
@@ -102,12 +122,6 @@ class Blobs:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < before:
                     path.unlink()
-
-    def _write(self, path: Path, data: bytes, mode: int) -> None:
-        part = path.with_name(f".{secrets.token_hex(8)}")
-        part.write_bytes(data)
-        part.chmod(mode)
-        part.replace(path)
 
     # ---- RPCs
 
@@ -170,8 +184,7 @@ class Blobs:
         try:
             with part.open("wb") as file:
                 async for data in request.content.iter_chunked(_CHUNK):
-                    file.write(data)
-                    md5.update(data)
+                    await asyncio.to_thread(_keep, data, file, md5)
             part.replace(path)
         except OSError as error:
             return web.Response(status=507, text=f"could not be kept: {error}\n")
@@ -201,6 +214,11 @@ class Blobs:
         finally:
             writer.close()
         return web.Response(body=self._uploads.name_of(upload, int(index)))
+
+
+def _keep(data: bytes, file: BinaryIO, digest: hashlib._Hash) -> None:
+    file.write(data)
+    digest.update(data)
 
 
 async def _send(request: web.BaseRequest, path: Path, start: int, length: int) -> web.StreamResponse:

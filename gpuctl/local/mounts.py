@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import posixpath
 import re
 import time
@@ -81,7 +82,7 @@ class Mounts:
         if kind == "data":
             self._blobs.put(request.sha256_hex, request.data)
         elif kind == "data_blob_id":
-            self._blobs.put(request.sha256_hex, self._blobs.blob(request.data_blob_id))
+            await asyncio.to_thread(self._blobs.put_blob, request.sha256_hex, request.data_blob_id)
         return api_pb2.MountPutFileResponse(exists=self._blobs.file(request.sha256_hex) is not None)
 
     @rpc(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import sqlite3
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpclib import GRPCError, Status
 
-from gpuctl.local.wire import Call, unimplemented
+from gpuctl.local.wire import Call, is_disk_full, unimplemented
 
 if TYPE_CHECKING:
     from gpuctl.local.wire import Endpoint
@@ -59,13 +57,6 @@ class Route:
         # A bug of ours: the log gets the traceback, the client what it needs to go on.
         log.error("%s failed", self.name, exc_info=error)
         return GRPCError(Status.INTERNAL, f"{self.name} failed in the local control plane: {error!r}")
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether that is what the exception says."""
-    if isinstance(error, sqlite3.OperationalError):
-        return "full" in str(error) or "disk I/O error" in str(error)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def routes(base: type, endpoints: Mapping[str, Endpoint], authenticate: Authenticate) -> dict[str, Route]:

@@ -42,6 +42,15 @@ class Finished:
     target: Path
 
 
+@dataclass(frozen=True)
+class WholeFile:
+    """A file to make of another one, which stays."""
+
+    content: Path
+    mode: int
+    target: Path
+
+
 class Uploads:
     """Files under way in `folder`, which lies on the Volumes' own disk. What an earlier plane left there is removed."""
 
@@ -98,6 +107,19 @@ class Uploads:
             used = {block.decode().partition(".")[0] for file in files for block in file.blocks}
             for name in used | {name for name, _ in ready}:
                 self._drop(name)
+
+    def copy(self, files: Sequence[WholeFile]) -> None:
+        """Put copies in their places, each complete from the moment that it is there. Raises OSError."""
+        for file in files:
+            part = self._folder / secrets.token_hex(16)
+            try:
+                part.touch(0o600)
+                _copy(file.content, 0, part, 0, file.content.stat().st_size)
+                part.chmod(file.mode)
+                file.target.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(file.target)
+            finally:
+                part.unlink(missing_ok=True)
 
     def _gather(self, file: Finished, taken: set[str]) -> str:
         """The upload that holds the whole file, made so: equal blocks were sent once, perhaps for another file."""

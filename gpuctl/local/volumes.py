@@ -1,4 +1,4 @@
-"""Volumes: plain folders, bound into containers as they are. Imports store, environments, blobs, uploads, wire, ids.
+"""Volumes: plain folders, bound into containers as they are. Imports store, environments, blobs, uploads, wire.
 
 A commit has nothing to do, since every container sees one and the same folder; and a reload neither.
 """
@@ -6,6 +6,7 @@ A commit has nothing to do, since every container sees one and the same folder; 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import time
@@ -13,15 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
+from gpuctl.local import volume_files
 from gpuctl.local.environments import Environments, check_name
 from gpuctl.local.ids import is_id, new_id
 from gpuctl.local.named import EPHEMERAL_SECONDS
 from gpuctl.local.store import Store, Volume
-from gpuctl.local.uploads import BLOCK, Finished, Uploads
-from gpuctl.local.wire import WORKSPACE, Call, already_exists, conflict, empty, invalid, not_found, rpc
+from gpuctl.local.uploads import BLOCK, Finished, Uploads, WholeFile
+from gpuctl.local.wire import (
+    WORKSPACE,
+    Call,
+    already_exists,
+    conflict,
+    empty,
+    invalid,
+    not_found,
+    rpc,
+    unimplemented,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from gpuctl.local.blobs import Blobs
@@ -31,8 +44,11 @@ _ENTRIES = 1000  # per message of a listing
 _SHARED = "changes are visible to other containers at once, committed or not"
 
 
+_VERSIONS = (api_pb2.VOLUME_FS_VERSION_V1, api_pb2.VOLUME_FS_VERSION_V2)
+
+
 class Volumes:
-    """Names to folders under `folder`. Every Volume behaves as one of version 2."""
+    """Names to folders under `folder`. The versions differ in the RPCs by which clients reach the files."""
 
     def __init__(self, store: Store, environments: Environments, blobs: Blobs, folder: Path) -> None:
         self._store = store
@@ -59,12 +75,16 @@ class Volumes:
         root = self.root(volume_id).resolve()
         if "\0" in path:
             raise invalid("A path cannot contain a null character.")
-        place = root / path.lstrip("/")
-        # The last part is not followed: a link is listed, read through only inside, and removed as a link.
-        resolved = place.parent.resolve() / place.name if place.name not in ("", "..") else place.resolve()
+        with volume_files.refusing(root):
+            place = root / path.lstrip("/")
+            # The last part is not followed: a link is listed, read through only inside, and removed as a link.
+            resolved = (
+                place.parent.resolve() / place.name if place.name not in ("", "..") else place.resolve()
+            )
+            outward = resolved.is_symlink() and not resolved.resolve().is_relative_to(root)
         if resolved != root and not resolved.is_relative_to(root):
             raise invalid(f"Path '{path}' leaves the Volume.")
-        if resolved.is_symlink() and not resolved.resolve().is_relative_to(root):
+        if outward:
             raise invalid(f"Path '{path}' is a link that leaves the Volume.")
         return resolved
 
@@ -73,13 +93,12 @@ class Volumes:
         if row is None:
             raise not_found(f"Volume '{volume_id}' not found.")
         created = api_pb2.CreationInfo(created_at=row.created_at, created_by=WORKSPACE)
-        return api_pb2.VolumeMetadata(
-            version=api_pb2.VOLUME_FS_VERSION_V2, name=row.name, creation_info=created
-        )
+        version: Any = row.version
+        return api_pb2.VolumeMetadata(version=version, name=row.name, creation_info=created)
 
     # ---- the objects
 
-    @rpc("VolumeGetOrCreate", differs="every Volume has version 2")
+    @rpc("VolumeGetOrCreate", differs="a new Volume has version 2 unless version 1 is asked for")
     async def get_or_create(self, request: Any, _call: Call) -> Any:
         environment = self._environments.named(request.environment_name)
         name, how = request.deployment_name, request.object_creation_type
@@ -91,11 +110,19 @@ class Volumes:
                 raise not_found(f"Volume '{name}' not found in environment '{environment.name}'.")
             if name:
                 check_name(name, "Volume")
-            row = Volume(new_id("vo"), environment.id, name, api_pb2.VOLUME_FS_VERSION_V2, time.time())
+            version = request.version or api_pb2.VOLUME_FS_VERSION_V2
+            if version not in _VERSIONS:
+                raise invalid(f"A Volume can have version 1 or 2, not {version}.")
+            if options := sorted(request.create_options.experimental_options):
+                raise unimplemented(
+                    f"A Volume's experimental options are not served here: {', '.join(options)}"
+                )
+            row = Volume(new_id("vo"), environment.id, name, version, time.time())
             self._store.add_volume(row)
         self.root(row.id)
+        metadata = self.metadata(row.id)
         return api_pb2.VolumeGetOrCreateResponse(
-            volume_id=row.id, version=api_pb2.VOLUME_FS_VERSION_V2, metadata=self.metadata(row.id)
+            volume_id=row.id, version=metadata.version, metadata=metadata
         )
 
     @rpc("VolumeGetById")
@@ -176,14 +203,15 @@ class Volumes:
     @rpc("VolumePutFiles2")
     async def put_files(self, request: Any, call: Call) -> Any:
         """Called twice: the first answer names the blocks that are missing; the client sends those and asks again."""
-        targets = [self.inside(request.volume_id, file.path) for file in request.files]
-        missing = []
-        for index, (file, target) in enumerate(zip(request.files, targets, strict=True)):
-            if target.is_dir() or target == self.root(request.volume_id):
-                raise already_exists(f"'{file.path}' is a directory.")
-            if request.disallow_overwrite_existing_files and target.exists():
-                raise already_exists(f"'{file.path}' already exists.")
-            absent = [n for n, block in enumerate(file.blocks) if not self._uploads.has(block.put_response)]
+        targets = self._targets(request)
+        missing: list[Any] = []
+        asked: set[bytes] = set()  # the client sends one block of a content, and names it wherever that is
+        for index, file in enumerate(request.files):
+            absent = []
+            for number, block in enumerate(file.blocks):
+                if block.contents_sha256 not in asked and not self._uploads.has(block.put_response):
+                    asked.add(block.contents_sha256)
+                    absent.append(number)
             upload = self._uploads.begin() if absent else ""
             for number in absent:
                 sha256 = file.blocks[number].contents_sha256.hex()
@@ -195,18 +223,52 @@ class Volumes:
                 )
         if missing:
             # Said now, because the client tries a block that finds no room again for minutes.
-            size, free = sum(file.size for file in request.files), shutil.disk_usage(self._folder).free
-            if size + _SPARE > free:
-                raise conflict(
-                    f"No room for {size:,} bytes on this machine's disk: {self._folder} has {free:,} left."
-                )
+            self._check_room(sum(file.size for file in request.files))
             return api_pb2.VolumePutFiles2Response(missing_blocks=missing)
         files = [
             Finished([b.put_response for b in file.blocks], file.size, file.mode & 0o777 or 0o644, target)
             for file, target in zip(request.files, targets, strict=True)
         ]
-        await asyncio.to_thread(self._uploads.finish, files)
+        with self._refusing(request):
+            await asyncio.to_thread(self._uploads.finish, files)
         return api_pb2.VolumePutFiles2Response()
+
+    @rpc("VolumePutFiles")
+    async def put_whole_files(self, request: Any, _call: Call) -> Any:
+        """Version 1: files whose content came by MountPutFile, as that of mounts does."""
+        targets = self._targets(request)
+        contents = [self._blobs.file(file.sha256_hex) for file in request.files]
+        files = [
+            WholeFile(content, file.mode & 0o777 or 0o644, target)
+            for file, content, target in zip(request.files, contents, targets, strict=True)
+            if content is not None
+        ]
+        if len(files) < len(contents):
+            raise conflict("The content of a file of this upload is gone; upload it again.")
+        self._check_room(sum(content.stat().st_size for content in contents if content))
+        with self._refusing(request):
+            await asyncio.to_thread(self._uploads.copy, files)
+        return empty()
+
+    def _targets(self, request: Any) -> Sequence[Path]:
+        """Where the files of an upload belong. Raises what the client makes FileExistsError of, and others."""
+        paths = [getattr(file, "path", "") or file.filename for file in request.files]
+        targets = [self.inside(request.volume_id, path) for path in paths]
+        overwrite = not request.disallow_overwrite_existing_files
+        with self._refusing(request):
+            for target, path in zip(targets, paths, strict=True):
+                volume_files.can_take_a_file(target, path, overwrite=overwrite)
+        return targets
+
+    def _check_room(self, size: int) -> None:
+        free = shutil.disk_usage(self._folder).free
+        if size + _SPARE > free:
+            raise conflict(
+                f"No room for {size:,} bytes on this machine's disk: {self._folder} has {free:,} left."
+            )
+
+    def _refusing(self, request: Any) -> AbstractContextManager[None]:
+        return volume_files.refusing(self.root(request.volume_id).resolve())
 
     @rpc("VolumeGetFile2", differs="ranges start and end at whole blocks")
     async def get_file(self, request: Any, call: Call) -> Any:
@@ -228,72 +290,40 @@ class Volumes:
 
     @rpc("VolumeListFiles2")
     async def list_files(self, request: Any, _call: Call) -> AsyncIterator[Any]:
+        async for batch in self._list(request):
+            yield api_pb2.VolumeListFiles2Response(entries=batch)
+
+    @rpc("VolumeListFiles")
+    async def list_files_v1(self, request: Any, _call: Call) -> AsyncIterator[Any]:
+        async for batch in self._list(request):
+            yield api_pb2.VolumeListFilesResponse(entries=batch)
+
+    async def _list(self, request: Any) -> AsyncIterator[Any]:
         top = self.inside(request.volume_id, request.path)
         if not os.path.lexists(top):
             raise not_found(f"No such file or directory: '{request.path}'.")
         root = self.root(request.volume_id).resolve()
-        batch: list[Any] = []
-        for count, path in enumerate(_walk(top, request.recursive)):
-            if request.HasField("max_entries") and count >= request.max_entries:
-                break
-            batch.append(_entry(path, root))
-            if len(batch) == _ENTRIES:
-                yield api_pb2.VolumeListFiles2Response(entries=batch)
-                batch = []
-        yield api_pb2.VolumeListFiles2Response(entries=batch)
+        found = volume_files.entries(top, root, recursive=request.recursive)
+        if request.HasField("max_entries"):
+            found = itertools.islice(found, request.max_entries)
+        while batch := await asyncio.to_thread(lambda: [*itertools.islice(found, _ENTRIES)]):
+            yield batch
 
-    @rpc("VolumeRemoveFile2")
+    @rpc("VolumeRemoveFile", "VolumeRemoveFile2")
     async def remove_file(self, request: Any, _call: Call) -> Any:
         path = self.inside(request.volume_id, request.path)
-        if not os.path.lexists(path):
-            raise not_found(f"No such file or directory: '{request.path}'.")
         if path == self.root(request.volume_id).resolve():
             raise invalid("The root of a Volume cannot be removed; delete the Volume.")
-        if path.is_dir() and not path.is_symlink():
-            if not request.recursive:
-                raise invalid(f"'{request.path}' is a directory; remove it recursively.")
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        with self._refusing(request):
+            await asyncio.to_thread(volume_files.remove, path, request.path, recursive=request.recursive)
         return empty()
 
-    @rpc("VolumeCopyFiles2")
+    @rpc("VolumeCopyFiles", "VolumeCopyFiles2")
     async def copy_files(self, request: Any, _call: Call) -> Any:
         target = self.inside(request.volume_id, request.dst_path)
-        sources = [self.inside(request.volume_id, path) for path in request.src_paths]
-        if len(sources) > 1 and not target.is_dir():
-            raise invalid(f"'{request.dst_path}' is not a directory.")
-        for source, path in zip(sources, request.src_paths, strict=True):
-            if not source.exists():
-                raise not_found(f"No such file or directory: '{path}'.")
-            place = target / source.name if target.is_dir() else target
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
-                if not request.recursive:
-                    raise invalid(f"'{path}' is a directory; copy it recursively.")
-                shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
-            else:
-                shutil.copy2(source, place)
+        sources = [(self.inside(request.volume_id, path), path) for path in request.src_paths]
+        with self._refusing(request):
+            await asyncio.to_thread(
+                volume_files.copy, sources, target, request.dst_path, recursive=request.recursive
+            )
         return empty()
-
-
-def _walk(top: Path, recursive: bool) -> Iterator[Path]:
-    if not top.is_dir() or top.is_symlink():
-        yield top
-        return
-    for path in sorted(top.iterdir()):
-        yield path
-        if recursive and path.is_dir() and not path.is_symlink():
-            yield from _walk(path, recursive)
-
-
-def _entry(path: Path, root: Path) -> Any:
-    stat = path.lstat()
-    if path.is_symlink():
-        kind = api_pb2.FileEntry.SYMLINK
-    elif path.is_dir():
-        kind = api_pb2.FileEntry.DIRECTORY
-    else:
-        kind = api_pb2.FileEntry.FILE
-    size = stat.st_size if kind == api_pb2.FileEntry.FILE else 0
-    return api_pb2.FileEntry(path=str(path.relative_to(root)), type=kind, mtime=int(stat.st_mtime), size=size)

@@ -7,6 +7,8 @@ collects the marks; nothing else knows which RPCs exist.
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -133,3 +135,10 @@ def unauthenticated(message: str) -> Exception:
 def _error(status: Status, message: str) -> Exception:
     error: Exception = GRPCError(status, message)
     return error
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether that is what the exception says."""
+    if isinstance(error, sqlite3.OperationalError):
+        return "full" in str(error) or "disk I/O error" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import grpclib
+import pytest
+from modal_proto import api_pb2
+
 from .planes import TestPlane
+from .rpc import call
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +44,7 @@ def test_volumes(plane: TestPlane) -> None:
         "ephemeral": ["x"],
         "objects": True,
     }
+    assert list((plane.state_dir / "volumes/.uploads").iterdir()) == []
 
 
 def test_secrets(plane: TestPlane) -> None:
@@ -71,22 +78,39 @@ def test_secret_files(plane: TestPlane, tmp_path: Path) -> None:
     plane.quick("secret", "delete", "dotted", "--yes", "--allow-missing")
 
 
-def test_the_volume_command_line(plane: TestPlane, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_the_volume_command_line(plane: TestPlane, tmp_path: Path, version: str) -> None:
     folder = tmp_path / "folder"
     (folder / "in").mkdir(parents=True)
     for name in ("a", "in/b", "in/c"):
         (folder / name).write_text(name)
-    plane.quick("volume", "create", "cli")
+    (folder / "large").write_bytes(os.urandom(9 << 20))  # more than one block, and more than one message
+    plane.quick("volume", "create", "cli", "--version", version)
     again = plane.quick("volume", "create", "cli", check=False)
     assert again.returncode == 1
     assert "Volume 'cli' already exists" in " ".join((again.stdout + again.stderr).split())
     plane.quick("volume", "put", "cli", str(folder), "/up")
-    assert sorted(f["filename"] for f in plane.json("volume", "ls", "cli", "up")) == ["up/a", "up/in"]
+    assert sorted(f["filename"] for f in plane.json("volume", "ls", "cli", "up")) == [
+        "up/a",
+        "up/in",
+        "up/large",
+    ]
+    assert plane.quick("volume", "put", "cli", str(folder / "a"), "up/a", check=False).returncode == 2
+    (folder / "a").write_text("another")
+    plane.quick("volume", "put", "cli", str(folder / "a"), "up/a", "--force")
     assert plane.quick("volume", "get", "cli", "up/in/b", "-").stdout.startswith("in/b")
     (tmp_path / "back").mkdir()
     plane.quick("volume", "get", "cli", "up", str(tmp_path / "back"))
     assert (tmp_path / "back/up/in/c").read_text() == "in/c"
-    plane.quick("volume", "cp", "-r", "cli", "up/in", "other")
+    assert (tmp_path / "back/up/a").read_text() == "another"
+    assert (tmp_path / "back/up/large").read_bytes() == (folder / "large").read_bytes()
+    exists = plane.quick("volume", "get", "cli", "up", str(tmp_path / "back"), check=False)
+    assert "already exists" in exists.stderr
+    plane.quick("volume", "get", "cli", "up", str(tmp_path / "back"), "--force")
+    copied = plane.quick("volume", "cp", "-r", "cli", "up/in", "other", check=version == "2")
+    if version == "1":
+        assert "`recursive` is not supported for V1 volumes" in copied.stdout + copied.stderr
+        plane.quick("volume", "cp", "cli", "up/in/b", "other")
     missing = plane.quick("volume", "rm", "cli", "never", check=False)
     assert missing.returncode != 0
     plane.quick("volume", "rm", "cli", "up", "-r")
@@ -98,6 +122,41 @@ def test_the_volume_command_line(plane: TestPlane, tmp_path: Path) -> None:
         done = plane.quick("volume", *command, check=False)
         assert done.returncode == 1, command
         assert "Volume 'cli' not found in environment 'main'" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_what_a_volume_refuses(plane: TestPlane) -> None:
+    """By the client's own errors, which name what was asked for and nothing of this machine."""
+    made = api_pb2.VolumeGetOrCreateRequest(deployment_name="refuses", object_creation_type=1)
+    volume = call(plane.now, "VolumeGetOrCreate", made).volume_id
+    root = plane.state_dir / "volumes" / volume
+    (root / "folder/in").mkdir(parents=True)
+    (root / "file").write_text("x")
+    put, copy = api_pb2.VolumePutFiles2Request, api_pb2.VolumeCopyFiles2Request
+    long = "x" * 300
+    for request, said in (
+        (put(files=[put.File(path="file/under")]), "'file/under' cannot be made: 'file' is not a directory."),
+        (put(files=[put.File(path="a"), put.File(path="a/b")]), "File exists: 'a'"),
+        (put(files=[put.File(path="folder")]), "'folder' is a directory."),
+        (put(files=[put.File(path=long)]), f"File name too long: '{long}'"),
+        (copy(src_paths=["file"], dst_path="file"), "'file' and 'file' are the same file."),
+        (copy(src_paths=["file"], dst_path="nowhere/"), "'nowhere/' is not a directory."),
+        (copy(src_paths=["folder"], dst_path="other"), "'folder' is a directory; copy it recursively."),
+        (
+            copy(src_paths=["folder"], dst_path="folder/in", recursive=True),
+            "The directory 'folder' cannot be copied into itself.",
+        ),
+        (
+            copy(src_paths=["folder"], dst_path="file", recursive=True),
+            "'file' is not a directory, and 'folder' is.",
+        ),
+    ):
+        request.volume_id = volume
+        name = "VolumePutFiles2" if isinstance(request, put) else "VolumeCopyFiles2"
+        error = call(plane.now, name, request)
+        assert isinstance(error, grpclib.GRPCError), request
+        assert error.message == said
+        assert error.status is not grpclib.Status.INTERNAL
+    assert sorted(p.name for p in root.rglob("*")) == ["a", "file", "folder", "in"]
 
 
 def test_environments(plane: TestPlane) -> None:
