@@ -189,6 +189,11 @@ class Functions:
         data = _as_data(request)
         first = data.ranked_functions[0].function
         _refuse_web(data.function_name, [data.webhook_config, first.webhook_config], data.method_definitions)
+        if data.HasField("http_config") and not data.is_server:
+            raise unimplemented(
+                f"'{data.function_name}' is served by @modal.experimental.http_server, which the local control "
+                "plane does not have; @app.server it does"
+            )
         if first.cloud_bucket_mounts or first.shared_volume_mounts:
             raise unimplemented(
                 "Cloud bucket mounts and network file systems do not exist in the local control plane"

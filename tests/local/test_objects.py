@@ -230,7 +230,11 @@ def test_history_tags_and_what_is_refused(plane: TestPlane) -> None:
     assert [row["version"] for row in rows] == ["v3", "v2", "v1"]
     assert rows[-1]["tag"] == "first"
     plane.quick("app", "stop", "story", "--yes")
-    for app, words in (("web.py", "is a web function"), ("nosecret.py", "Secret 'not-there' not found")):
+    for app, words in (
+        ("web.py", "is a web function"),
+        ("experimental_server.py", "@modal.experimental.http_server"),
+        ("nosecret.py", "Secret 'not-there' not found"),
+    ):
         done = plane.modal("deploy", app, check=False)
         assert done.returncode == 1, app
         assert words in done.stdout + done.stderr
