@@ -37,6 +37,10 @@ MNT_DETACH = 2
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 SYS_MOUNT_SETATTR = 442  # the same on every architecture
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
+PR_CAPBSET_READ, PR_CAPBSET_DROP, CAPABILITY_VERSION_3 = 23, 24, 0x20080522
+# chown, dac_override, fowner, fsetid, kill, setgid, setuid, setpcap, net_bind_service, net_raw, sys_chroot,
+# sys_ptrace, mknod, audit_write, setfcap
+CAPABILITIES = frozenset((0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 19, 27, 29, 31))
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -133,6 +137,34 @@ def raise_loopback() -> None:
     """A new network namespace has its loopback down; ioctl SIOCSIFFLAGS with IFF_UP | IFF_RUNNING."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
+
+
+def drop_capabilities() -> None:
+    """Keep what Docker's containers have, and ptrace; above all not what mounts: with that a program could take away
+    what hides the plane's state, and make writable what it sees of this machine. A user namespace that it makes has
+    all capabilities, but the kernel locks the mounts that it inherits.
+    """
+    for number in range(64):
+        if number not in CAPABILITIES and libc.prctl(PR_CAPBSET_READ, number, 0, 0, 0) == 1:
+            check(libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0), "prctl PR_CAPBSET_DROP")
+    # What is bounded above concerns the programs that are executed; this, ourselves.
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)
+    check(libc.capget(header, data), "capget")
+    kept = sum(1 << number for number in CAPABILITIES)
+    low, high = kept & 0xFFFFFFFF, kept >> 32
+    masks = (
+        low,
+        low,
+        low,
+        high,
+        high,
+        high,
+    )  # effective, permitted, inheritable; of the first 32, and of the rest
+    had = struct.unpack("=6I", data)
+    check(
+        libc.capset(header, struct.pack("=6I", *(a & b for a, b in zip(had, masks, strict=True)))), "capset"
+    )
 
 
 HALVES: dict[socket.socket, Half] = {}  # socket -> the Half that serves it
@@ -346,6 +378,7 @@ def main() -> None:
         socket.sethostname("modal")
         if plan["isolated_network"]:
             raise_loopback()
+        drop_capabilities()
     except (OSError, ValueError, KeyError) as error:
         tell(f"error {error}")
         os._exit(1)

@@ -225,6 +225,18 @@ def test_what_a_container_cannot_see_or_change(image: BuiltImage, tmp_path: Path
                 except OSError as error: print(error.strerror)
             print(os.listdir("/tmp"), os.getpid() < 10, len([p for p in os.listdir("/proc") if p.isdigit()]) < 5)
             print(sorted(k for k in os.environ if "TOKEN" in k or "SECRET" in k))
+            # Nor can it take away what hides, or make writable what it sees: not even in namespaces of its own.
+            import ctypes, errno
+            libc = ctypes.CDLL(None, use_errno=True)
+            MS_REMOUNT_BIND, CLONE_NEWUSER_NEWNS = 32 | 4096, 0x10020000
+            for again in (False, True):
+                if again:
+                    print(libc.unshare(CLONE_NEWUSER_NEWNS))
+                for call in (
+                    lambda: libc.umount2(b"/home", 2),
+                    lambda: libc.mount(None, b"/etc", None, ctypes.c_ulong(MS_REMOUNT_BIND), None),
+                ):
+                    print(call(), errno.errorcode[ctypes.get_errno()])
             """,
             tmp_path,
         )
@@ -236,6 +248,9 @@ def test_what_a_container_cannot_see_or_change(image: BuiltImage, tmp_path: Path
         "Read-only file system",
         "[] True True",
         "[]",
+        *("-1 EPERM", "-1 EPERM"),
+        "0",
+        *("-1 EINVAL", "-1 EPERM"),  # what was inherited is locked
     ]
 
 
