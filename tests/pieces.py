@@ -36,8 +36,9 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 import time
@@ -217,13 +216,3 @@ def test_calls_run_at_once(load: Callable[..., Any]) -> None:
     before = threading.active_count()
     assert len(run(load(code, CONCURRENCY=4), list(range(8)))) == 8
     assert threading.active_count() <= before + 4
-
-
-def test_the_piece_is_clean_by_a_users_tools(tmp_path: Path) -> None:
-    """As the goldens are: `ruff check` and `ruff format`, with ruff's defaults."""
-    file = tmp_path / "piece.py"
-    file.write_text(pieces.source("batch/function.py.jinja"), encoding="utf-8")
-    ruff = [sys.executable, "-m", "ruff"]
-    for command in (["format", "--diff"], ["check", "--ignore", "F401,F821"]):
-        done = subprocess.run([*ruff, *command, "--isolated", str(file)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
