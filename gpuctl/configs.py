@@ -272,7 +272,7 @@ def _reference(text: str) -> ModelRef:
     return ModelRef.parse(text)
 
 
-# What templates/serve/tiny.py.jinja makes; a test holds the two together.
+# What templates/shared/tiny.py.jinja makes; a test holds the two together.
 _TINY = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 8679,
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
