@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from gpuctl.catalog.pricing import ModalPlan
     from gpuctl.prices import Rates
-    from gpuctl.specs.resources import Amount, ServeSpec
+    from gpuctl.specs.resources import Amount
+    from gpuctl.specs.serve import ServeSpec
 
 HOURS_PER_MONTH = 730  # 8760 / 12
 _MIB_PER_GIB = 1024

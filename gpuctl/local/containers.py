@@ -56,7 +56,8 @@ class ContainerSpec:
 
     `env` is the image's environment, the secrets and the MODAL_ variables; paths, HOME and the server's address
     are added here. With `isolated_network` the container has a network of its own, so that several may listen on
-    one port: it is reached through `Container.port_socket` and reaches out through an HTTP(S) proxy.
+    one port: it is reached through `Container.port_socket` and reaches out through an HTTP(S) proxy. With
+    `block_network` it has one, too, and no way out of it but to the plane.
     """
 
     task_id: str
@@ -69,6 +70,7 @@ class ContainerSpec:
     isolated_network: bool
     arguments: bytes
     server_socket: Path
+    block_network: bool = False
     gpus: tuple[int, ...] = ()  # the numbers of its cards
     build_root: Path | None = (
         None  # for the build of an image: its tree is written to, and this is the root folder
@@ -196,7 +198,7 @@ class ContainerRuntime:
         self._hide = (Path.home(), run_dir.parent, *hide)
         self._http_port = http_port
         self._on_log = on_log
-        self._egress: EgressProxy | None = None
+        self._egress: dict[bool, EgressProxy] = {}  # by whether it leads to the plane alone
         self._watchers: set[asyncio.Task[None]] = set()
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -214,8 +216,10 @@ class ContainerRuntime:
             argv=spec.argv,
             env=self._environment(spec),
             workdir=spec.workdir,
-            isolated_network=spec.isolated_network,
-            egress=await self._egress_socket() if spec.isolated_network else None,
+            isolated_network=spec.isolated_network or spec.block_network,
+            egress=await self._egress_socket(spec.block_network)
+            if spec.isolated_network or spec.block_network
+            else None,
         )
         launched = await sandbox.launch(folder, filesystem, program)
         process, reader, writer = launched.process, launched.reader, launched.writer
@@ -365,23 +369,24 @@ class ContainerRuntime:
         environment["PYTHONPATH"] = ":".join(
             filter(None, (f"{CLIENT_PATH}/pkg", "/root", environment.get("PYTHONPATH")))
         )
-        if spec.isolated_network:
+        if spec.isolated_network and not spec.block_network:
             for name in ("HTTP_PROXY", "HTTPS_PROXY"):
                 environment[name] = environment[name.lower()] = f"http://127.0.0.1:{sandbox.EGRESS_PORT}"
             environment["NO_PROXY"] = environment["no_proxy"] = "localhost,127.0.0.1,::1"
         return environment
 
-    async def _egress_socket(self) -> Path:
-        if self._egress is None:
-            self._egress = EgressProxy(self._sockets / "egress.sock", self._http_port)
-            await self._egress.start()
-        return self._egress.path
+    async def _egress_socket(self, blocked: bool) -> Path:
+        if (proxy := self._egress.get(blocked)) is None:
+            socket_ = self._sockets / ("plane-only.sock" if blocked else "egress.sock")
+            proxy = self._egress[blocked] = EgressProxy(socket_, self._http_port, only_plane=blocked)
+            await proxy.start()
+        return proxy.path
 
     async def close(self) -> None:
         """Stop what the runtime itself runs; containers are stopped by whoever started them."""
-        if self._egress is not None:
-            await self._egress.close()
-            self._egress = None
+        for proxy in self._egress.values():
+            await proxy.close()
+        self._egress.clear()
 
     def _remove(self, folder: Path, sockets: Path) -> None:
         shutil.rmtree(sockets, ignore_errors=True)

@@ -420,7 +420,7 @@ class ControlPlane:
         version, key = header("x-modal-client-version"), header("x-idempotency-key")
         if task_id := header("x-modal-task-id"):
             if task := self._tasks.of_credentials(task_id, header("x-modal-task-secret")):
-                return Call(task_id, version, task.isolated, key)
+                return Call(task_id, version, task.isolated, key, restricted=task.restricted)
         elif hmac.compare_digest(
             header("x-modal-token-id").encode(), self._token_id.encode()
         ) and hmac.compare_digest(header("x-modal-token-secret").encode(), self._token_secret.encode()):

@@ -3,7 +3,8 @@
 A server's container can reach its own loopback and nothing else; so that engines can download weights, it gets
 HTTP_PROXY and HTTPS_PROXY, which lead here. As in the cloud, this machine's own loopback cannot be reached through
 it, but for the plane's signed URLs (blobs, files of Volumes), which a container asks for as its own. Where the plane
-itself has to use a proxy (its environment says so), this one goes through that.
+itself has to use a proxy (its environment says so), this one goes through that. A function with `block_network`
+has the signed URLs alone.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ class EgressProxy:
     """Serves CONNECT (https) and absolute-form (http) requests on the unix socket `path`.
 
     A request for a mere path goes to the plane's own port `http_port`, which serves signed URLs alone; 0 for none.
+    With `only_plane`, that is all that goes anywhere.
     """
 
-    def __init__(self, path: Path, http_port: int = 0) -> None:
+    def __init__(self, path: Path, http_port: int = 0, *, only_plane: bool = False) -> None:
         self.path = path
+        self._only_plane = only_plane
         self._http_port = http_port
         self._server: asyncio.Server | None = None
 
@@ -50,6 +53,8 @@ class EgressProxy:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             method, target, _version = head.split(b"\r\n", 1)[0].decode("latin1").split(" ")
+            if self._only_plane and not target.startswith("/"):
+                raise PermissionError(f"{target}: the network of this container is blocked")
             if method == "CONNECT":
                 await self._tunnel(target, reader, writer)
             else:

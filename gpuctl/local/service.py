@@ -8,12 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 from grpclib import GRPCError, Status
 
-from gpuctl.local.wire import Call, is_disk_full, unimplemented
+from gpuctl.local.wire import Call, forbidden, is_disk_full, unimplemented
 
 if TYPE_CHECKING:
     from gpuctl.local.wire import Endpoint
 
 log = logging.getLogger(__name__)
+
+# What a container calls to get its inputs and say what came of them: all that one without access to Modal may.
+_OF_THE_RUNTIME = frozenset(
+    {
+        "BlobCreate",
+        "BlobGet",
+        "ClientHello",
+        "ContainerHeartbeat",
+        "ContainerHello",
+        "ContainerLog",
+        "FunctionCallPutDataOut",
+        "FunctionGetDynamicConcurrency",
+        "FunctionGetInputs",
+        "FunctionPutOutputs",
+        "TaskResult",
+        "VolumeCommit",
+    }
+)
 
 Authenticate = Callable[[Mapping[str, Any]], Call]
 
@@ -37,6 +55,8 @@ class Route:
     def begin(self, metadata: Mapping[str, Any], request: bytes) -> Any:
         """The answer; or an awaitable of it; or, for an RPC that streams, an async generator of answers."""
         call = self._authenticate(metadata)
+        if call.restricted and self.name not in _OF_THE_RUNTIME:
+            raise forbidden(f"{self.name}: this container's function has restrict_modal_access=True")
         if self._handler is None:
             log.info("refused: %s is not implemented", self.name)
             raise unimplemented(f"{self.name} is not implemented by the local control plane")

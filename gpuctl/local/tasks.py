@@ -64,6 +64,7 @@ class Task:
     stopping: bool = False  # its end was asked for
     build: Build | None = None  # the image that it builds, if that is what it is for
     isolated: bool = False  # it has a network of its own
+    restricted: bool = False  # it may make none but its runtime's own calls
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     exit_code: int | None = None
 
@@ -152,7 +153,8 @@ class Tasks:
                 self._finish(task, None)
                 return
             spec = adapt(self._spec(task, deployment, cards))
-            task.isolated = task.server = spec.isolated_network
+            task.server = spec.isolated_network
+            task.isolated = spec.isolated_network or spec.block_network
             task.container = await self._runtime.start(spec)
         except Exception as error:
             message = (
@@ -237,6 +239,7 @@ class Tasks:
         function = data.ranked_functions[0].function
         app = self._store.app(task.app_id)
         assert app is not None
+        task.restricted = function.untrusted
         image = self._images.built(function.image_id)
         environment = self._environments.name_of(app.environment_id)
         arguments = api_pb2.ContainerArguments(
@@ -268,6 +271,7 @@ class Tasks:
                 for file in self._mounts.files(mount)
             ),
             isolated_network=bool(data.is_server),
+            block_network=function.block_network,
             arguments=arguments.SerializeToString(),
             server_socket=Path(self._server_socket),
             gpus=tuple(card.minor for card in cards),

@@ -30,7 +30,7 @@ class Call:
 
     `isolated`: the caller has a network of its own, and reaches the plane's URLs only by its way out.
     `idempotency_key` is the same for a call and its retries; "" for none. `router`: a client with the command
-    router's token for that container.
+    router's token for that container. `restricted`: a container of a function with `restrict_modal_access=True`.
     """
 
     task_id: str
@@ -38,6 +38,7 @@ class Call:
     isolated: bool = False
     idempotency_key: str = ""
     router: bool = False
+    restricted: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ def too_large(limit: str) -> Exception:
 def unimplemented(message: str) -> Exception:
     """What the cloud does and this plane does not: always by name."""
     return _error(Status.UNIMPLEMENTED, message)
+
+
+def forbidden(message: str) -> Exception:
+    """What this caller in particular may not."""
+    return _error(Status.PERMISSION_DENIED, message)
 
 
 def unauthenticated(message: str) -> Exception:

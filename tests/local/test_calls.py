@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -235,6 +236,19 @@ def test_failures_are_retried_and_timeouts_end_the_input(deployed: TestPlane) ->
     script(deployed, code, name=name)
     eventually(lambda: marks(deployed, f"{name}-d"), seconds=10)
     assert marks(deployed, f"{name}-c") == 3
+
+
+def test_a_blocked_network_and_no_access_to_modal(deployed: TestPlane) -> None:
+    code = """
+        data = b"d" * (3 << 20)
+        back, alone, by_proxy, proxy = function("offline").remote(data, port)
+        assert back == data, "arguments and results have their way, also as blobs"
+        assert "refused" in alone and "network of this container is blocked" in by_proxy and proxy is None
+        refused = [error.split(":")[0] for error in function("restricted").remote(2)]
+        assert refused == ["FunctionMap", "VolumeGetOrCreate"], refused
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        script(deployed, code, port=listener.getsockname()[1])
 
 
 def test_what_cannot_be_called_says_so(deployed: TestPlane) -> None:

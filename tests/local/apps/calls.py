@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import socket
 import time
 import traceback
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import modal
@@ -60,6 +63,32 @@ def size_of(data):
 @app.function()
 def many_bytes(n):
     return b"m" * n
+
+
+@app.function(block_network=True)
+def offline(data, port):
+    """Its arguments, large ones too, and how it fails to reach this machine, alone and by the way that those came."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=20)
+    except OSError as error:
+        alone = str(error)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({"http": "http://127.0.0.1:3128"}))
+    try:
+        opener.open(f"http://192.0.2.1:{port}", timeout=20)
+    except urllib.error.HTTPError as error:
+        by_proxy = error.read().decode()
+    return data, alone, by_proxy, os.environ.get("HTTP_PROXY")
+
+
+@app.function(restrict_modal_access=True)
+def restricted(x):
+    refused = []
+    for use in (lambda: square.remote(x), lambda: marks.listdir("/")):
+        try:
+            use()
+        except modal.exception.PermissionDeniedError as error:
+            refused.append(str(error))
+    return refused
 
 
 @app.function()
