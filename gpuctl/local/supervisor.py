@@ -53,8 +53,9 @@ class Supervisor:
             self._short_lives = (
                 0 if time.monotonic() - self._began > _SHORT_SECONDS else self._short_lives + 1
             )
-            if self._failed_starts >= _MOST_FAILED_STARTS or self._short_lives >= _MOST_SHORT_LIVES:
-                times = max(self._failed_starts, self._short_lives)
+            never_served = self._failed_starts >= _MOST_FAILED_STARTS
+            if never_served or self._short_lives >= _MOST_SHORT_LIVES:
+                times = self._failed_starts if never_served else self._short_lives
                 self._say("ERROR", f"the plane {how}, for the {times}th time in a row: it stays down")
                 self._say("ERROR", "what was wrong with it is said above; `gpuctl local up` tries again")
                 return
