@@ -39,6 +39,12 @@ _STREAM_SECONDS = 55.0
 _PRUNE_SECONDS = 60.0
 _LIVE = (api_pb2.APP_STATE_DEPLOYED, api_pb2.APP_STATE_EPHEMERAL, api_pb2.APP_STATE_DETACHED)
 
+_CATEGORIES: dict[int, str] = {
+    api_pb2.GenericResult.GENERIC_STATUS_SUCCESS: "succeeded_inputs",
+    api_pb2.GenericResult.GENERIC_STATUS_TIMEOUT: "timeout_inputs",
+    api_pb2.GenericResult.GENERIC_STATUS_TERMINATED: "cancelled_inputs",
+}
+
 
 class Calls:
     """Every call of every function, and the pools of the functions that are called."""
@@ -319,6 +325,21 @@ class Calls:
             num_inputs=row.total,
             metadata=api_pb2.FunctionCallHandleMetadata(app_id=row.app_id, function_id=row.function_id),
         )
+
+    @rpc("FunctionCallGetInfo", differs="inputs are counted, and not listed")
+    async def info(self, request: Any, _call: Call) -> Any:
+        row = self._require(request.function_call_id)
+        info = api_pb2.FunctionCallInfo(
+            function_call_id=row.id, created_at=row.created_at, total_inputs=row.total
+        )
+        pending = row.total  # that are written, or on their way
+        for status, count in self._ledger.counts(row).items():
+            if status:
+                category = _CATEGORIES.get(status, "failed_inputs")
+                getattr(info, category).total += count
+                pending -= count
+        info.pending_inputs.total = pending
+        return api_pb2.FunctionCallGetInfoResponse(info=info)
 
     @rpc("FunctionCallCancel")
     async def cancel(self, request: Any, _call: Call) -> Any:

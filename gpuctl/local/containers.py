@@ -31,6 +31,7 @@ _PLANE_SOCKET = "/run/modal/plane.sock"
 _ARGUMENTS = "/run/modal/arguments.bin"
 _READ = 64 * 1024
 _LONGEST_LINE = 1 << 20  # a line of output longer than this is cut into pieces
+_UNENDED_SECONDS = 1.0  # so is one whose end does not come
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,9 @@ class ContainerRuntime:
     `http_port` is the plane's own port for blobs on this machine's loopback, which containers reach by the egress
     proxy.
 
-    `on_log(task id, file descriptor, text)` gets the output in whole lines, "\\n" included, 1 for standard output
-    and 2 for standard error. Raises GpuctlError where no sandbox works, saying what to install.
+    `on_log(task id, file descriptor, text)` gets the output, 1 for standard output and 2 for standard error, in whole
+    lines, "\\n" included, where their end comes soon. Raises GpuctlError where no sandbox works, saying what to
+    install.
     """
 
     def __init__(
@@ -272,9 +274,17 @@ class ContainerRuntime:
         container._exit.set_result(code)
 
     async def _pump(self, task_id: str, fd: int, stream: asyncio.StreamReader) -> None:
-        """Hand output on in whole lines; what has no end of line yet waits, but not for more than _LONGEST_LINE."""
+        """Hand output on in whole lines. What has no end of line yet waits for it, but not for long, nor for much."""
         pending = b""
-        while data := await stream.read(_READ):
+        while True:
+            try:
+                data = await asyncio.wait_for(stream.read(_READ), _UNENDED_SECONDS if pending else None)
+            except TimeoutError:  # a prompt, a bar of progress
+                self._on_log(task_id, fd, pending.decode(errors="replace"))
+                pending = b""
+                continue
+            if not data:
+                break
             pending += data
             cut = pending.rfind(b"\n") + 1 or (len(pending) if len(pending) > _LONGEST_LINE else 0)
             if cut:

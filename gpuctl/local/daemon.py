@@ -250,7 +250,8 @@ class ControlPlane:
         key = bytes.fromhex(self._remembered("key", lambda: secrets.token_hex(32)))
 
         self._environments = Environments(store)
-        self._logs = Logs(store)
+        variants = Variants(store)
+        self._logs = Logs(store, variants)
         self._blobs = Blobs(state_dir / "blobs", key)
         self._mounts = Mounts(store, self._blobs)
         self._volumes = Volumes(store, self._environments, self._blobs, state_dir / "volumes")
@@ -266,7 +267,7 @@ class ControlPlane:
         self._functions = Functions(
             store,
             self._environments,
-            Variants(store),
+            variants,
             open_url=self._servers.open,
             url_of=self._servers.url_of,
             gpus=gpus,

@@ -382,6 +382,14 @@ class Ledger:
         )
         return [(row[0], row[1], row[2]) for row in rows]
 
+    def counts(self, call: CallRow) -> dict[int, int]:
+        """Status, 0 for no output → how many inputs."""
+        self.flush()
+        rows = self._db.execute(
+            "SELECT status, count(*) FROM call_inputs WHERE call = ? GROUP BY status", [call.num]
+        )
+        return {int(row[0] or 0): int(row[1]) for row in rows}
+
     def chunks_after(self, call: CallRow, idx: int, limit: int) -> list[bytes]:
         """What a generator yielded after the `idx`th, in order and without a gap."""
         rows = self._db.execute(

@@ -20,6 +20,8 @@ from gpuctl.local.wire import Call, not_found, rpc, timestamp, unimplemented
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
+    from gpuctl.local.variants import Variants
+
 log = logging.getLogger(__name__)
 
 STDOUT, STDERR, SYSTEM = (
@@ -39,8 +41,9 @@ _STATE_STOPPED = api_pb2.APP_STATE_STOPPED
 class Logs:
     """The log store: `write` from the containers, `say` for the plane's own lines, and the RPCs that read them."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, variants: Variants) -> None:
         self._store = store
+        self._variants = variants
         self._reader = LogReader(store.path)
         self._pending: list[LogRow] = []
         self._looks: dict[tuple[LogFilter, int], tuple[float, list[LogRow]]] = {}
@@ -49,12 +52,23 @@ class Logs:
         self._news = asyncio.Event()
         store.prune_logs(time.time() - KEEP_SECONDS)
 
-    def write(self, app_id: str, function_id: str, task_id: str, source: int, text: str) -> None:
+    def write(
+        self,
+        app_id: str,
+        function_id: str,
+        task_id: str,
+        source: int,
+        text: str,
+        call_id: str = "",
+        input_id: str = "",
+    ) -> None:
         """Keep `text`, one entry per line."""
         now = time.time()
         # Split at "\n" only: a progress bar's "\r" belongs to its line.
         lines = io.StringIO(text, newline="\n")
-        self._pending.extend(LogRow(app_id, function_id, task_id, source, now, line) for line in lines)
+        self._pending.extend(
+            LogRow(app_id, function_id, task_id, source, now, line, call_id, input_id) for line in lines
+        )
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
 
@@ -106,8 +120,9 @@ class Logs:
             raise not_found(f"App '{request.app_id or request.task_id}' not found.")
         wanted = LogFilter(
             app_id,
-            function_id=_function(request),
+            function_ids=self._function_ids(request),
             task_id=request.task_id,
+            call_id=request.function_call_id,
             source=request.file_descriptor,
             search=request.search_text,
             # Only where the client has nothing yet; with an entry id it goes on from there.
@@ -190,25 +205,26 @@ class Logs:
                 bucket.system_logs += rows
         return api_pb2.AppCountLogsResponse(app_id=request.app_id, buckets=buckets.values())
 
+    def _function_ids(self, request: Any) -> tuple[str, ...]:
+        """The function whose lines are wanted, and its variants."""
+        if request.sandbox_id:
+            raise unimplemented("Logs of a Sandbox are not implemented by the local control plane")
+        wanted = str(request.parametrized_function_id or request.function_id)
+        return (wanted, *(variant.id for variant in self._variants.of(wanted))) if wanted else ()
+
     def _filter(self, request: Any) -> LogFilter:
         if self._store.app(request.app_id) is None:
             raise not_found(f"App '{request.app_id}' not found.")
         return LogFilter(
             request.app_id,
-            function_id=_function(request),
+            function_ids=self._function_ids(request),
             task_id=request.task_id,
+            call_id=request.function_call_id,
             source=request.source,
             search=request.search_text,
             since=_seconds(request.since) if request.HasField("since") else None,
             until=_seconds(request.until) if request.HasField("until") else None,
         )
-
-
-def _function(request: Any) -> str:
-    """The function whose lines are wanted; what a container prints is not told apart by its inputs here."""
-    if request.function_call_id or request.sandbox_id:
-        raise unimplemented("Logs by function call or sandbox are not implemented by the local control plane")
-    return str(request.parametrized_function_id or request.function_id)
 
 
 def _seconds(timestamp: Any) -> float:
@@ -227,6 +243,8 @@ def _batches(rows: Iterable[LogRow]) -> list[Any]:
                 timestamp=row.at,
                 timestamp_ns=int(row.at * 1e9),
                 container_id=task_id,
+                function_call_id=row.call_id,
+                input_id=row.input_id,
             )
             for row in lines
         ]

@@ -257,6 +257,7 @@ class Pool:
         item.deadline = time.monotonic() + self.settings.timeout
         item.condemned = False
         worker.inputs[item.id] = item
+        worker.note_input()
         if len(worker.inputs) == 1:
             self._capacity.idle(worker.id, False)
         self._last_input = time.monotonic()
@@ -274,6 +275,7 @@ class Pool:
         if item is None or answer.retry_count != item.attempt or self.settings is None:
             return
         del worker.inputs[answer.input_id]
+        worker.note_input()
         self._failures = 0
         if not worker.inputs:
             worker.idle_since = self._last_input = time.monotonic()

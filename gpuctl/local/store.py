@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_MIGRATIONS = {  # from the version before
+    2: "ALTER TABLE logs ADD COLUMN call_id TEXT NOT NULL DEFAULT '';"
+    "ALTER TABLE logs ADD COLUMN input_id TEXT NOT NULL DEFAULT '';",
+}
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -71,7 +75,8 @@ CREATE TABLE tasks (
 ) STRICT;
 CREATE TABLE logs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, app_id TEXT NOT NULL, function_id TEXT NOT NULL, task_id TEXT NOT NULL,
-    source INTEGER NOT NULL, at REAL NOT NULL, data TEXT NOT NULL
+    source INTEGER NOT NULL, at REAL NOT NULL, data TEXT NOT NULL, call_id TEXT NOT NULL DEFAULT '',
+    input_id TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX logs_by_app ON logs (app_id, at);
 CREATE INDEX logs_by_app_order ON logs (app_id, id);
@@ -184,6 +189,8 @@ class LogRow:
     source: int
     at: float
     data: str
+    call_id: str = ""
+    input_id: str = ""
     id: int = 0
 
 
@@ -192,8 +199,9 @@ class LogFilter:
     """Which log rows: those that match every field that is set."""
 
     app_id: str
-    function_id: str = ""
+    function_ids: tuple[str, ...] = ()  # one of them
     task_id: str = ""
+    call_id: str = ""
     source: int = 0
     search: str = ""
     since: float | None = None
@@ -204,13 +212,16 @@ class LogFilter:
         terms: list[str] = ["app_id = ?"]
         values: list[object] = [self.app_id]
         for column, value in (
-            ("function_id", self.function_id),
             ("task_id", self.task_id),
+            ("call_id", self.call_id),
             ("source", self.source),
         ):
             if value:
                 terms.append(f"{column} = ?")
                 values.append(value)
+        if self.function_ids:
+            terms.append(f"function_id IN ({', '.join('?' * len(self.function_ids))})")
+            values += self.function_ids
         if self.search:
             terms.append("instr(data, ?) > 0")
             values.append(self.search)
@@ -243,7 +254,10 @@ class Store:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
+        elif version < SCHEMA_VERSION:
+            steps = "".join(_MIGRATIONS[number] for number in range(version + 1, SCHEMA_VERSION + 1))
+            self._db.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version > SCHEMA_VERSION:
             raise GpuctlError(
                 f"{path} has schema version {version}, and this gpuctl knows {SCHEMA_VERSION}",
                 hint="use the gpuctl that made it, or move the file away to start afresh",
@@ -545,8 +559,12 @@ class Store:
         """In order: ids grow."""
         with self.transaction():
             self._db.executemany(
-                "INSERT INTO logs (app_id, function_id, task_id, source, at, data) VALUES (?, ?, ?, ?, ?, ?)",
-                [(r.app_id, r.function_id, r.task_id, r.source, r.at, r.data) for r in rows],
+                "INSERT INTO logs (app_id, function_id, task_id, source, at, data, call_id, input_id) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (r.app_id, r.function_id, r.task_id, r.source, r.at, r.data, r.call_id, r.input_id)
+                    for r in rows
+                ],
             )
 
     def prune_logs(self, before: float) -> None:
@@ -572,7 +590,7 @@ class LogReader:
             self._db.close()
 
     def _rows(self, sql: str, values: Sequence[object]) -> list[LogRow]:
-        names = "app_id, function_id, task_id, source, at, data, id"
+        names = "app_id, function_id, task_id, source, at, data, call_id, input_id, id"
         return [LogRow(*row) for row in self._db.execute(sql.replace("*", names, 1), values)]
 
     def after(self, wanted: LogFilter, after_id: int, limit: int) -> tuple[list[LogRow], int]:

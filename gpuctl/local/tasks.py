@@ -67,6 +67,9 @@ class Task:
     restricted: bool = False  # it may make none but its runtime's own calls
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     exit_code: int | None = None
+    # Whose words it prints: the call and the input that it has, or had last. "" where it has several at once.
+    call_id: str = ""
+    input_id: str = ""
 
 
 class Tasks:
@@ -118,8 +121,9 @@ class Tasks:
         if task is not None and task.build is not None:
             task.build.log(text)
         elif task is not None:
+            source = STDERR if descriptor == 2 else STDOUT
             self._logs.write(
-                task.app_id, task.function_id, task.id, STDERR if descriptor == 2 else STDOUT, text
+                task.app_id, task.function_id, task.id, source, text, task.call_id, task.input_id
             )
 
     def of_credentials(self, task_id: str, secret: str) -> Task | None:

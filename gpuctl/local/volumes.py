@@ -252,7 +252,7 @@ class Volumes:
 
     def _targets(self, request: Any) -> Sequence[Path]:
         """Where the files of an upload belong. Raises what the client makes FileExistsError of, and others."""
-        paths = [getattr(file, "path", "") or file.filename for file in request.files]
+        paths = [file.path if hasattr(file, "path") else file.filename for file in request.files]
         targets = [self.inside(request.volume_id, path) for path in paths]
         overwrite = not request.disallow_overwrite_existing_files
         with self._refusing(request):

@@ -88,3 +88,13 @@ class Worker:
     @property
     def id(self) -> str:
         return self.task.id
+
+    def note_input(self) -> None:
+        """Its inputs have changed: note whose words it prints. Without any it is still those of the last one."""
+        if len(self.inputs) == 1:
+            [item] = self.inputs.values()
+            self.task.call_id, self.task.input_id = item.call.id, item.id
+        elif self.inputs:
+            first = next(iter(self.inputs.values())).call.id
+            same = all(item.call.id == first for item in self.inputs.values())
+            self.task.call_id, self.task.input_id = first if same else "", ""

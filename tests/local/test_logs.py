@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import sqlite3
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import grpclib
@@ -11,10 +15,11 @@ import pytest
 from modal_proto import api_pb2
 
 from gpuctl.local.logs import Logs
-from gpuctl.local.store import App, LogFilter, LogRow, Store
+from gpuctl.local.store import App, LogFilter, LogReader, LogRow, Store
+from gpuctl.local.variants import Variants
 from gpuctl.local.wire import Call, timestamp
 
-from .planes import TestPlane
+from .planes import TestPlane, eventually
 from .rpc import call
 
 if TYPE_CHECKING:
@@ -28,7 +33,7 @@ def logs(tmp_path: Path) -> Iterator[Logs]:
     store = Store(tmp_path / "db")
     store.add_app(App("ap-1", "en-1", "x", api_pb2.APP_STATE_STOPPED, 0, 0, 0, 0, "{}"))
     store.add_app(App("ap-2", "en-1", "y", api_pb2.APP_STATE_STOPPED, 0, 0, 0, 0, "{}"))
-    made = Logs(store)
+    made = Logs(store, Variants(store))
     rows = []
     for number in range(3000):
         words = f"line {number}{' seven' if number % 7 == 0 else ''}\n"
@@ -90,10 +95,57 @@ def test_who_follows_sees_each_line_once_and_what_does_not_match_is_not_read_aga
 def test_what_cannot_be_told_apart_is_refused(plane: TestPlane) -> None:
     made = call(plane.now, "AppCreate", api_pb2.AppCreateRequest(description="empty")).app_id
     for name, request in (
-        ("AppFetchLogs", api_pb2.AppFetchLogsRequest(app_id=made, function_call_id="fc-1")),
+        ("AppFetchLogs", api_pb2.AppFetchLogsRequest(app_id=made, sandbox_id="sb-1")),
         ("AppCountLogs", api_pb2.AppCountLogsRequest(app_id=made, sandbox_id="sb-1")),
-        ("AppGetLogs", api_pb2.AppGetLogsRequest(app_id=made, function_call_id="fc-1")),
+        ("AppGetLogs", api_pb2.AppGetLogsRequest(app_id=made, sandbox_id="sb-1")),
     ):
         answer = call(plane.now, name, request)
         assert isinstance(answer, grpclib.GRPCError), name
         assert answer.status is grpclib.Status.UNIMPLEMENTED, name
+
+
+SPEAK = """
+import json, modal
+say = modal.Function.from_name("talk", "say")
+calls = [say.spawn(word) for word in ("one", "two")]
+modal.FunctionCall.gather(*calls)
+modal.Cls.from_name("talk", "Speaker")(name="Ada").say.remote()
+modal.Function.from_name("talk", "pause").spawn()
+streamed = sorted(entry.message for entry in calls[1].logs.stream(timeout=60))
+print(json.dumps([[call.object_id for call in calls], streamed]))
+"""
+
+
+def test_words_are_told_apart_by_call_and_by_class(plane: TestPlane) -> None:
+    plane.modal("deploy", "talk.py")
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAK], env=plane.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (one, two), streamed = json.loads(done.stdout)
+    assert streamed == ["err two\n", "out two\n"]
+    assert sorted(plane.logs("talk", "--function-call", one).splitlines()) == ["err one", "out one"]
+    shown = plane.logs("talk", "--function-call", two, "--source", "stderr", "--show-function-call-id")
+    assert shown == f"{two} err two\n"
+    info = plane.json("app", "info", "talk")
+    assert plane.logs("talk", "--function", info["functions"]["Speaker.*"]["id"]) == "I am Ada\n"
+    # A line whose end does not come is shown all the same.
+    pause = info["functions"]["pause"]["id"]
+    assert eventually(lambda: plane.logs("talk", "--function", pause).strip()) == "so far"
+    plane.quick("app", "stop", "talk", "--yes")
+
+
+def test_a_database_of_an_earlier_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    Store(tmp_path / "db").close()
+    old = sqlite3.connect(tmp_path / "db")
+    old.executescript(
+        "ALTER TABLE logs DROP COLUMN call_id; ALTER TABLE logs DROP COLUMN input_id; PRAGMA user_version = 1"
+    )
+    old.close()
+    for _ in range(2):
+        store = Store(tmp_path / "db")
+        store.add_logs([LogRow("ap-1", "fu-1", "ta-1", 1, 1.0, "line", "fc-1")])
+        store.close()
+    reader = LogReader(tmp_path / "db")
+    assert len(reader.last(LogFilter("ap-1", call_id="fc-1"), 10)) == 2
+    reader.close()
