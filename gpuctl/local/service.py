@@ -33,6 +33,17 @@ _OF_THE_RUNTIME = frozenset(
     }
 )
 
+# What the user asked for, where the RPC's own name does not say: by the beginnings of names.
+_ASKED_FOR = {
+    "AuthToken": "modal.Sandbox (which `modal shell` without a container's id is, too)",
+    "Sandbox": "modal.Sandbox",
+    "PersistentSandbox": "modal.Sandbox",
+    "SharedVolume": "modal.NetworkFileSystem; modal.Volume is there",
+    "Proxy": "modal.Proxy",
+    "Tunnel": "modal.forward; @app.server gives a URL",
+    "FunctionStartPtyShell": "an interactive run (modal.interact, a breakpoint)",
+}
+
 Authenticate = Callable[[Mapping[str, Any]], Call]
 
 
@@ -51,6 +62,10 @@ class Route:
         self._handler = endpoint.handler if endpoint else None
         self._parse = request_type.FromString
         self._authenticate = authenticate
+        what = next((what for start, what in _ASKED_FOR.items() if name.startswith(start)), "")
+        self._refusal = f"{name} is not implemented by the local control plane" + (
+            f": that is {what}" if what else ""
+        )
 
     def begin(self, metadata: Mapping[str, Any], request: bytes) -> Any:
         """The answer; or an awaitable of it; or, for an RPC that streams, an async generator of answers."""
@@ -59,7 +74,7 @@ class Route:
             raise forbidden(f"{self.name}: this container's function has restrict_modal_access=True")
         if self._handler is None:
             log.info("refused: %s is not implemented", self.name)
-            raise unimplemented(f"{self.name} is not implemented by the local control plane")
+            raise unimplemented(self._refusal)
         return self._handler(self._parse(request), call)
 
     def refusal(self, error: Exception) -> GRPCError:

@@ -73,6 +73,14 @@ def test_the_modal_cli_says_that_it_is_not_let_in(plane: TestPlane) -> None:
     assert "Token missing" in done.stdout + done.stderr
 
 
+def test_a_refusal_says_what_was_asked_for_where_the_rpc_s_name_does_not(plane: TestPlane) -> None:
+    done = plane.modal("shell", check=False)
+    assert done.returncode == 1
+    assert "AuthTokenGet is not implemented by the local control plane: that is modal.Sandbox" in " ".join(
+        (done.stdout + done.stderr).split()
+    )
+
+
 def test_the_table_in_the_docs_is_what_the_code_says() -> None:
     assert coverage.DOCS.read_text() == coverage.updated(coverage.DOCS.read_text()), (
         "run: python -m gpuctl.local.coverage"
