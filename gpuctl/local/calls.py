@@ -250,6 +250,10 @@ class Calls:
     async def get_outputs(self, request: Any, call: Call) -> Any:
         row = self._require(request.function_call_id)
         ranged = request.HasField("start_idx")
+        if ranged and row.kind == api_pb2.FUNCTION_CALL_TYPE_UNARY and request.start_idx >= row.total:
+            raise not_found(
+                f"Function call '{row.id}' has one input, with index 0: there is no {request.start_idx}."
+            )
         if request.clear_on_success and not ranged:
             self._ledger.cleared(row)  # the end of a map: the caller has what it wanted
             return api_pb2.FunctionGetOutputsResponse(num_unfinished_inputs=row.unfinished)
@@ -266,7 +270,7 @@ class Calls:
                         await wait_on(row.news, early)
                     outputs = self._ledger.outputs_after(row, after, limit)
                 left = deadline - loop.time()
-                if outputs or left <= 0 or (ranged and not row.unfinished):
+                if outputs or left <= 0:
                     break
                 await wait_on(row.news, left)
         row.answered_at = loop.time()
@@ -293,12 +297,12 @@ class Calls:
             yield
             return
         worker.waits += 1
-        self._capacity.idle(worker.id, worker.waits >= len(worker.inputs))
+        self._capacity.idle(worker.id, worker.rests)
         try:
             yield
         finally:
             worker.waits -= 1
-            self._capacity.idle(worker.id, worker.waits >= len(worker.inputs))
+            self._capacity.idle(worker.id, worker.rests)
 
     @rpc("FunctionCallGetDataOut")
     async def get_data_out(self, request: Any, _call: Call) -> AsyncIterator[Any]:
@@ -390,7 +394,10 @@ class Calls:
         if pool is None:
             return api_pb2.FunctionStats()
         return api_pb2.FunctionStats(
-            backlog=pool.backlog, num_total_tasks=len(pool.workers), num_running_inputs=pool.running
+            backlog=pool.backlog,
+            num_total_tasks=len(pool.workers),
+            num_running_inputs=pool.running,
+            input_headroom=pool.headroom,
         )
 
     # ---- what containers say

@@ -35,7 +35,9 @@ Status = api_pb2.GenericResult
 MOST_CRASHES = (
     8  # containers that may die with one input, beside its retries; the client's own limit for the cloud
 )
-MOST_BAD_STARTS = 3  # containers in a row that report that they cannot start, before the callers are told
+MOST_BAD_STARTS = (
+    3  # containers in a row that say why they cannot start, or are late, before the callers are told
+)
 MOST_SILENT_STARTS = 8  # containers in a row that die while they start, without a word
 _CANCEL_SECONDS = 5.0  # what the code of an input that timed out gets to end by itself
 _BACK_OFF_FIRST, _BACK_OFF_MOST = 0.25, 60.0
@@ -75,7 +77,6 @@ class Pool:
         self._asking: list[Worker] = []  # those that wait for an input, the one that was busy last at the end
         self._last_input = -math.inf
         self._bad_starts = self._silent_starts = self._failures = 0
-        self._last_failure: Any = None  # the GenericResult of the last container that could not start
         self._not_before = 0.0
         self._said = ""  # what was said of this machine's limit
         self._wake = asyncio.Event()
@@ -157,6 +158,14 @@ class Pool:
     def backlog(self) -> int:
         return len(self.pending) + len(self._delayed)
 
+    @property
+    def headroom(self) -> int:
+        """How many more inputs the containers that are ready could take at once."""
+        assert self.settings is not None
+        each = self.settings.inputs_at_once
+        ready = (worker for worker in self.workers.values() if worker.ready_at and not worker.leaving)
+        return sum(max(each - len(worker.inputs), 0) for worker in ready)
+
     def add(self, items: list[Input]) -> None:
         """Inputs that the ledger has; in order, after those that wait."""
         now = time.time()
@@ -172,9 +181,11 @@ class Pool:
     def _hand_out(self) -> None:
         """Wake as many waiting containers as there are inputs for."""
         for _ in range(min(len(self.pending), len(self._asking))):
-            asks = self._asking.pop().asks
-            if asks is not None and not asks.done():
-                asks.set_result(None)
+            worker = self._asking.pop()
+            if worker.asks is not None and not worker.asks.done():
+                worker.asks.set_result(None)
+                # It has not taken its input yet: nobody else is to have its core meanwhile.
+                self._capacity.idle(worker.id, False)
 
     def take_one(self, worker: Worker) -> Input | None:
         """The next input for a container that was there before, if it need not wait for it."""
@@ -199,7 +210,6 @@ class Pool:
             self._bad_starts = self._silent_starts = 0
         if not worker.inputs:
             worker.idle_since = time.monotonic()
-            self._capacity.idle(worker.id, True)
         items: list[Input] = []
         try:
             return await self._collect(worker, items, size, linger)
@@ -237,6 +247,7 @@ class Pool:
     async def _ask(self, worker: Worker, seconds: float) -> None:
         worker.asks = asyncio.get_running_loop().create_future()
         self._asking.append(worker)
+        self._capacity.idle(worker.id, worker.rests)
         try:
             async with asyncio.timeout(None if seconds == math.inf else seconds):
                 await worker.asks
@@ -436,11 +447,11 @@ class Pool:
                 self._dismiss(worker)
         current = [w for w in staying if not w.leaving]
         for worker in current:
-            if not worker.ready_at and now - worker.born > settings.startup_timeout:
-                self._say(
-                    f"container {worker.id} was not ready within its startup_timeout of "
-                    f"{settings.startup_timeout:g} s: it is stopped",
-                    worker.id,
+            launched = worker.task.launched_at
+            if launched and not worker.ready_at and now - launched > settings.startup_timeout:
+                worker.late = True
+                worker.task.failure = (
+                    f"not ready within its startup_timeout of {settings.startup_timeout:g} s"
                 )
                 self._kill(worker)
         wanted = self._wanted(now, settings)
@@ -448,16 +459,7 @@ class Pool:
         if missing > 0:
             self._start_some(now, settings, missing, len(current))
         elif missing < 0:
-            idle = sorted(
-                (
-                    w
-                    for w in current
-                    if w.asks and not w.inputs and now - w.idle_since >= settings.scaledown_window
-                ),
-                key=lambda w: w.idle_since,
-            )
-            for worker in idle[:-missing]:
-                self._dismiss(worker)
+            self._dismiss_some(now, settings, current, -missing)
         waits = [_TICK_SECONDS] if self.running or any(not w.ready_at for w in current) or missing > 0 else []
         if self._delayed:
             waits.append(max(self._delayed[0][0] - time.time(), 0.0))
@@ -506,6 +508,15 @@ class Pool:
             self._start()
         self._said = ""
 
+    def _dismiss_some(self, now: float, settings: Settings, current: list[Worker], surplus: int) -> None:
+        """Dismiss those that have been idle for the scaledown_window, and at once those beyond a lowered limit."""
+        beyond = len(current) - settings.max_containers if settings.max_containers else 0
+        idle_first = sorted(current, key=lambda worker: (len(worker.inputs), worker.idle_since))
+        for number, worker in enumerate(idle_first[:surplus]):
+            idle = worker.asks and not worker.inputs and now - worker.idle_since >= settings.scaledown_window
+            if idle or number < beyond:
+                self._dismiss(worker)
+
     # ---- the life of one container
 
     def _start(self) -> None:
@@ -550,13 +561,12 @@ class Pool:
                 self._failures += 1
                 if self._failures > 1:
                     self._back_off(min(self._failures - 1, _MOST_CRASH_STEPS))
-        elif not asked:
+        elif worker.late or not asked:
             self._bad_start(worker)
 
     def _bad_start(self, worker: Worker) -> None:
         """A container that ended before it asked for an input."""
-        if worker.task.result is not None:
-            self._last_failure = worker.task.result
+        if worker.late or worker.task.result is not None:
             self._bad_starts += 1
         else:
             self._silent_starts += 1
@@ -564,15 +574,13 @@ class Pool:
         if given_up:
             # Those who wait are told; who calls after this makes the next attempt.
             why = worker.task.failure or "its containers end while they start"
+            status = Status.GENERIC_STATUS_INIT_FAILURE
+            if worker.late:
+                status = Status.GENERIC_STATUS_TIMEOUT
+            elif worker.task.result is not None:
+                status = Status.GENERIC_STATUS_FAILURE
             for item in [*self.pending, *(entry[2] for entry in self._delayed)]:
-                self.fail(
-                    item,
-                    Status.GENERIC_STATUS_INIT_FAILURE
-                    if worker.task.result is None
-                    else Status.GENERIC_STATUS_FAILURE,
-                    f"{self._name} cannot start: {why}",
-                    worker.task.result,
-                )
+                self.fail(item, status, f"{self._name} cannot start: {why}", worker.task.result)
             self.pending.clear()
             self._delayed.clear()
             self._bad_starts = self._silent_starts = 0

@@ -57,6 +57,7 @@ class Task:
     secret: str
     enqueued_at: float
     container: Container | None = None
+    launched_at: float = 0.0  # when its program was started, by time.monotonic()
     announced: asyncio.Event = field(default_factory=asyncio.Event)  # its enter methods have run
     server: bool = False  # it runs a server, and ends by SIGTERM; the others by SIGINT
     failure: str = ""  # what its own code reported as the reason of its end
@@ -160,6 +161,7 @@ class Tasks:
             task.server = spec.isolated_network
             task.isolated = spec.isolated_network or spec.block_network
             task.container = await self._runtime.start(spec)
+            task.launched_at = time.monotonic()
         except Exception as error:
             message = (
                 error.problems[0] if isinstance(error, GpuctlError) else str(getattr(error, "message", error))

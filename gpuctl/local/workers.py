@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +75,9 @@ class Worker:
     task: Task
     inputs: dict[str, Input] = field(default_factory=dict)
     asks: asyncio.Future[None] | None = None  # it waits for an input
-    born: float = field(default_factory=time.monotonic)
     ready_at: float = 0.0  # when it asked for the first time
     idle_since: float = 0.0
+    late: bool = False  # it was not ready within the startup_timeout
     leaving: bool = False  # it gets no more inputs
     waits: int = 0  # calls of its own that it waits for
     cancels: list[str] = field(default_factory=list)  # inputs that it is still to be told to cancel
@@ -98,3 +97,8 @@ class Worker:
             first = next(iter(self.inputs.values())).call.id
             same = all(item.call.id == first for item in self.inputs.values())
             self.task.call_id, self.task.input_id = first if same else "", ""
+
+    @property
+    def rests(self) -> bool:
+        """It needs no core: all the inputs that it has, if any, wait for other calls."""
+        return self.waits >= len(self.inputs)

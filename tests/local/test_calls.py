@@ -30,7 +30,7 @@ def script(plane: TestPlane, code: str, **values: object) -> str:
         cwd=APPS,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -55,11 +55,11 @@ def state(plane: TestPlane, app: str) -> str:
     return next(row["state"] for row in plane.json("app", "list") if row["description"] == app)
 
 
-def run_sleeps(plane: TestPlane, name: str, seconds: str, *options: str, app: str) -> subprocess.Popen[bytes]:
-    """`modal run` of a function that leaves marks and sleeps between them."""
+def run_waits(plane: TestPlane, name: str, *options: str, app: str) -> subprocess.Popen[bytes]:
+    """`modal run` of a function that leaves marks, and waits between them for `go`."""
     # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
     argv = ["env", "--default-signal=INT", sys.executable, "-m", "modal", "run", *options]
-    argv += ["calls.py::sleeps", "--name", name, "--seconds", seconds]
+    argv += ["calls.py::waits", "--name", name]
     return subprocess.Popen(argv, cwd=APPS, env=plane.environment(T_NAME=app), stdout=subprocess.DEVNULL)
 
 
@@ -109,34 +109,42 @@ def test_a_script_on_standard_input_and_a_failure_that_ends_it(plane: TestPlane)
 
 def test_an_app_ends_with_its_client_unless_it_is_detached(plane: TestPlane) -> None:
     name = uuid.uuid4().hex
-    output = plane.modal("run", "calls.py::leaves_work", T_MARK=f"{name}-a", T_NAME="ends").stdout
+    attached, detached = ["run", "calls.py::leaves_work"], ["run", "--detach", "calls.py::leaves_work"]
+    output = plane.modal(*attached, T_MARK=f"{name}-a", T_SECONDS="600", T_NAME="ends").stdout
     assert "call fc-" in output
-    plane.modal("run", "--detach", "calls.py::leaves_work", T_MARK=f"{name}-b", T_NAME="stays")
+    plane.modal(*detached, T_MARK=f"{name}-b", T_SECONDS="3", T_NAME="stays")
 
     # A detached app goes on after its client, until nothing is left to do.
-    assert marks(plane, f"{name}-b-ended") == 1
-    eventually(lambda: state(plane, "stays") == "stopped")
-    assert state(plane, "ends") == "stopped"
+    eventually(lambda: marks(plane, f"{name}-b-ended") == 1, seconds=60)
+    eventually(lambda: state(plane, "stays") == "stopped", seconds=60)
+    eventually(lambda: state(plane, "ends") == "stopped", seconds=60)
     assert marks(plane, f"{name}-a-ended") == 0
 
 
 def test_a_detached_run_survives_the_death_of_its_client(plane: TestPlane) -> None:
     name = uuid.uuid4().hex
-    with run_sleeps(plane, name, "2", "--detach", app="orphan") as process:
-        eventually(lambda: marks(plane, f"{name}-began"))
+    with run_waits(plane, name, "--detach", app="orphan") as process:
+        eventually(lambda: marks(plane, f"{name}-began"), seconds=60)
         process.kill()
     assert "detached" in state(plane, "orphan")
-    eventually(lambda: marks(plane, f"{name}-ended"))
+    assert marks(plane, f"{name}-ended") == 0
+    (began,) = plane.state_dir.glob(f"volumes/*/{name}-began")
+    began.with_name(f"{name}-go").touch()
+    eventually(lambda: marks(plane, f"{name}-ended"), seconds=60)
     plane.modal("app", "stop", "orphan", "--yes")
 
 
 def test_an_interrupted_run_ends_its_containers(plane: TestPlane) -> None:
     name = uuid.uuid4().hex
-    with run_sleeps(plane, name, "60", app="interrupted") as process:
-        eventually(lambda: marks(plane, f"{name}-began"))
+    with run_waits(plane, name, app="interrupted") as process:
+        eventually(lambda: marks(plane, f"{name}-began"), seconds=60)
         process.send_signal(signal.SIGINT)
+
+    def containers() -> list[object]:
+        return [row for row in plane.json("container", "list") if row["app_name"] == "interrupted"]
+
+    eventually(lambda: not containers(), seconds=60)
     assert marks(plane, f"{name}-ended") == 0
-    assert not [row for row in plane.json("container", "list") if row["app_name"] == "interrupted"]
 
 
 # ---- functions of a deployed app, from outside
@@ -180,11 +188,17 @@ def test_handles_of_calls(deployed: TestPlane) -> None:
         calls = [square.spawn(n) for n in range(4)]
         assert modal.FunctionCall.gather(*calls) == [0, 1, 4, 9]
         assert modal.FunctionCall.from_id(calls[3].object_id).get() == 9
+        try:
+            calls[3].get(index=1)
+        except modal.exception.NotFoundError as error:
+            assert "has one input" in str(error)
+        else:
+            raise AssertionError("it would have asked for ever")
         many = square.experimental_spawn_map(range(60))
         assert many.num_inputs() == 60 and many.get(index=7) == 49
         assert list(many.iter(start=50)) == [n * n for n in range(50, 60)]
         square.spawn_map(range(3))
-        long = sleeps.spawn(name, 60)
+        long = sleeps.spawn(name, 600)
         try:
             long.get(timeout=0)
         except TimeoutError:
@@ -193,13 +207,13 @@ def test_handles_of_calls(deployed: TestPlane) -> None:
             raise AssertionError("it cannot have ended")
         while not function("read_mark").remote(name + "-began"):
             time.sleep(0.05)
-        began = time.monotonic()
         modal.FunctionCall.from_id(long.object_id).cancel()
         try:
             long.get()
         except modal.exception.RemoteError as error:
             assert "cancelled" in str(error)
-        assert time.monotonic() - began < 30, "it would have slept for a minute"
+        else:
+            raise AssertionError("it cannot have ended")
         sleeps.remote(name, 0)
         graph = function("sum_of_squares").spawn(3)
         assert graph.get() == 5
@@ -225,16 +239,16 @@ def test_failures_are_retried_and_timeouts_end_the_input(deployed: TestPlane) ->
             assert (type(error).__name__, str(error)) == ("OwnError", "attempt 2")
         else:
             raise AssertionError("there was no third retry")
-        began = time.monotonic()
         try:
-            function("slow").remote(name + "-d", 60)
+            function("slow").remote(name + "-d", 600)
         except modal.exception.FunctionTimeoutError as error:
             assert "timeout of 1s" in str(error)
-        assert time.monotonic() - began < 30, "its container had to start"
+        else:
+            raise AssertionError("it cannot have ended")
     """
     name = uuid.uuid4().hex
     script(deployed, code, name=name)
-    eventually(lambda: marks(deployed, f"{name}-d"), seconds=10)
+    eventually(lambda: marks(deployed, f"{name}-d"), seconds=60)
     assert marks(deployed, f"{name}-c") == 3
 
 

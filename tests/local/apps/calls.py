@@ -148,6 +148,15 @@ def sleeps_alone(name: str, seconds: float):
 
 
 @app.function(volumes={"/marks": marks})
+def waits(name: str):
+    """Until somebody writes the file that says go."""
+    count(f"{name}-began")
+    while not Path("/marks", f"{name}-go").exists():
+        time.sleep(0.05)
+    count(f"{name}-ended")
+
+
+@app.function(volumes={"/marks": marks})
 def read_mark(name):
     path = Path("/marks", name)
     return len(path.read_text()) if path.exists() else 0
@@ -175,7 +184,7 @@ def errors():
 @app.local_entrypoint()
 def leaves_work():
     """Ends while a call is under way."""
-    print("call", sleeps.spawn(os.environ["T_MARK"], 3).object_id)
+    print("call", sleeps.spawn(os.environ["T_MARK"], float(os.environ["T_SECONDS"])).object_id)
 
 
 @app.function(retries=3, max_containers=4)
