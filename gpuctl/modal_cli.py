@@ -195,6 +195,26 @@ class Runner(Protocol):
         """To its end, with our own terminal, keyboard included."""
 
 
+# Becomes the program that it is told to start, after asking the kernel (Linux has PR_SET_PDEATHSIG, 1) to end that
+# with gpuctl, however gpuctl ends; where gpuctl has ended meanwhile, nothing is started.
+_BOUND = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _bound(argv: Sequence[str]) -> list[str]:
+    """For what goes on until it is told to end: `kill -9` of gpuctl must not leave it behind.
+
+    To be started by the main thread: the kernel's word is about the thread that started it.
+    """
+    return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *argv]
+
+
 class ProcessRunner:
     """The real one."""
 
@@ -253,7 +273,7 @@ class ProcessRunner:
     def hand_over(self, argv: Sequence[str], env: ModalEnv) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
-        child = subprocess.Popen(list(argv), env=dict(env.variables))
+        child = subprocess.Popen(_bound(argv), env=dict(env.variables))
         # Ctrl-C reaches the whole foreground group; the child decides what it means, we only wait for it.
         interrupted = False
         while True:
@@ -274,7 +294,7 @@ class _Following:
     def __init__(self, argv: Sequence[str], env: ModalEnv, on_line: Callable[[str], None]) -> None:
         # A session of its own: Ctrl-C goes to gpuctl alone, which then cancels.
         self._child = subprocess.Popen(
-            list(argv),
+            _bound(argv),
             env=_piped(env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

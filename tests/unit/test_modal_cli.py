@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -113,6 +114,38 @@ def test_follow_goes_on_until_cancelled() -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
     follower.cancel()  # harmless
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell a child of its parent's end")
+@pytest.mark.parametrize("way", ["follow", "hand_over"])
+def test_what_goes_on_ends_with_gpuctl_however_that_ends(way: str) -> None:
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    ours = f"""
+import sys, time
+from gpuctl.modal_cli import ModalEnv, ProcessRunner
+argv, env = [sys.executable, "-c", {program!r}], ModalEnv.modal()
+if {way!r} == "hand_over":
+    ProcessRunner().hand_over(argv, env)
+follower = ProcessRunner().follow(argv, env, lambda line: print(line, flush=True))
+time.sleep(600)
+"""
+    parent = subprocess.Popen([PYTHON, "-c", ours], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 30
+    while runs(child):
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_hand_over_gives_the_exit_code() -> None:
