@@ -21,6 +21,19 @@ local_app = app = typer.Typer(
     context_settings=CONTEXT_SETTINGS,
 )
 
+# Variables that choose an account in the cloud, what is in it, or a container; others say how the client behaves.
+_OF_THE_ACCOUNT = (
+    *(
+        "MODAL_SERVER_URL",
+        "MODAL_TOKEN_",
+        "MODAL_OAUTH_",
+        "MODAL_PROFILE",
+        "MODAL_CONFIG_PATH",
+        "MODAL_ENVIRONMENT",
+    ),
+    *("MODAL_TASK_", "MODAL_IMAGE_ID", "MODAL_IS_REMOTE", "MODAL_OVERRIDE_HEADERS", "MODAL_STREAMS_URL"),
+)
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but problems.")]
 
@@ -148,7 +161,7 @@ def exec_(
     plane = client.ensure_up(*_folders())
     if command[0] == "modal":  # the one that gpuctl was tested with, also where none is on PATH
         command = [*MODAL, *command[1:]]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("MODAL_")}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_ACCOUNT)}
     try:
         os.execvpe(command[0], command, own | plane.client_env())  # noqa: S606
     except OSError as error:

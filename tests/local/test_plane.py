@@ -257,10 +257,28 @@ def test_down_stops_containers_orderly_and_keeps_the_state(new_plane: TestPlane)
     new_plane.ready(f"{url}/who")
 
 
-def test_the_user_s_profile_does_not_leak_in(new_plane: TestPlane) -> None:
-    new_plane.up()
-    environment = new_plane.now.client_env()
-    assert not client.Path(environment["MODAL_CONFIG_PATH"]).exists()
+def test_the_user_s_profile_does_not_leak_in(tmp_path: Path) -> None:
+    plane = TestPlane(tmp_path / "gpuctl" / "local")
+    plane.up()
+    try:
+        own = {
+            "MODAL_PROFILE": "mine",
+            "MODAL_TOKEN_ID": "ak-1",
+            "MODAL_ENVIRONMENT": "prod",
+            "MODAL_FORCE_BUILD": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "gpuctl", "local", "exec", "--", "env"],
+            env=dict(os.environ) | own | {"XDG_STATE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        seen = dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("MODAL_"))
+        assert seen == plane.now.client_env() | {"MODAL_FORCE_BUILD": "1"}
+        assert not client.Path(seen["MODAL_CONFIG_PATH"]).exists()
+    finally:
+        plane.down()
 
 
 def test_a_killed_plane_leaves_nothing_after_the_next_up_or_down(new_plane: TestPlane) -> None:
