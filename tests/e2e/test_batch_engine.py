@@ -1,0 +1,192 @@
+"""The processors of `gpuctl batch` with the real vLLM: that its answers are the server's, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pieces
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TINY_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+TINY_ARGS = ["--load-format", "dummy", "--enforce-eager"]
+ARGUMENTS = """\
+def engine_arguments() -> list[str]:
+    return {arguments!r}
+"""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The interpreter that has vLLM, and a folder to work in."""
+
+    python: Path
+    folder: Path
+
+    def run(self, *argv: str | Path) -> None:
+        log = self.folder / "log.txt"
+        with log.open("wb") as output:
+            done = subprocess.run(
+                ["nice", self.python, *argv],
+                env={"PATH": "/usr/bin:/bin", "HOME": str(self.folder), **TINY_ENV},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                timeout=1500,
+            )
+        assert done.returncode == 0, log.read_text(errors="replace")[-6000:]
+
+    def model(self, piece: str, maker: str) -> Path:
+        """A model described on the spot."""
+        maker_file = self.folder / f"{maker}.py"
+        text = pieces.source(piece) + f"\n\nprint({maker}(), end='')\n"
+        maker_file.write_text(
+            text.replace("tempfile.mkdtemp(", "tempfile.mkdtemp(dir='.', "), encoding="utf-8"
+        )
+        made = subprocess.check_output([self.python, maker_file], cwd=self.folder, text=True)
+        return self.folder / made
+
+    def answers(
+        self, rows: list[dict[str, Any]], arguments: list[str], *, kill: bool = False
+    ) -> dict[str, Any]:
+        (self.folder / "worker.py").write_text(
+            pieces.source("batch/vllm.py.jinja") + "\n\n" + ARGUMENTS.format(arguments=arguments),
+            encoding="utf-8",
+        )
+        write_lines(self.folder / "rows.jsonl", rows)
+        job = {
+            "module": str(self.folder / "worker.py"),
+            "processor": "VllmProcessor",
+            "rows": str(self.folder / "rows.jsonl"),
+            "answers": str(self.folder / "answers.json"),
+            "kill": kill,
+        }
+        (self.folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        self.run(Path(__file__).with_name("answer.py"), self.folder / "job.json")
+        report: dict[str, Any] = json.loads((self.folder / "answers.json").read_text(encoding="utf-8"))
+        assert len(report["ended"]) == len(rows)
+        return report
+
+    def run_batch(self, rows: list[dict[str, Any]], arguments: list[str]) -> list[dict[str, Any]]:
+        """What `vllm run-batch` answers to the same rows."""
+        lines = [
+            {"custom_id": row["id"], "method": "POST", "url": row["url"], "body": row["body"]} for row in rows
+        ]
+        write_lines(self.folder / "input.jsonl", lines)
+        files = ["-i", "input.jsonl", "-o", "output.jsonl"]
+        self.run("-m", "vllm.entrypoints.openai.run_batch", *files, *arguments)
+        output = (self.folder / "output.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in output]
+
+
+def write_lines(file: Path, values: list[Any]) -> None:
+    file.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def engine(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine(engine_python, tmp_path_factory.mktemp("engine"))
+
+
+def row(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    return {"row": 0, "id": "x", "url": url, "body": body}
+
+
+def chat(text: str, **fields: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 12}
+    return row(CHAT, body | fields)
+
+
+def completion(prompt: Any, **fields: Any) -> dict[str, Any]:
+    return row(COMPLETIONS, {"prompt": prompt, "temperature": 0, "max_tokens": 12} | fields)
+
+
+def same(body: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal in two answers to one request: all but ids (one is of the engine's settings) and times."""
+    return {
+        name: value for name, value in body.items() if name not in {"id", "created", "system_fingerprint"}
+    }
+
+
+SCHEMA = {"type": "string", "enum": ["yes", "no"]}  # nothing that a random model could go on with for ever
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+ANSWERED = [
+    *(chat(f"bado kifu {n}") for n in range(600)),  # more than the engine takes at once
+    chat("Hello!", n=3, temperature=1.0, seed=5),
+    chat("Hello!", logprobs=True, top_logprobs=2),
+    chat("Hello!", stop=["a", "e", "i"], max_tokens=100),
+    chat("Hello!", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}),
+    chat("Hello!", tools=[TOOL], tool_choice="none"),
+    chat("Hello!", max_completion_tokens=3, max_tokens=None),
+    chat("Hello!", unheard_of=1, metadata={"a": "b"}),
+    chat("Hello!", min_tokens=5, ignore_eos=True, repetition_penalty=1.3, logit_bias={"7": 5}),
+    chat("Hello!", model="tiny", user="someone", return_token_ids=True),
+    chat([{"type": "text", "text": "Hello!"}]),
+]
+COMPLETED: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
+    (completion("Hello!"), lambda body: body["usage"]["completion_tokens"] == 12),
+    (completion(["a", "b", "c"]), lambda body: [choice["index"] for choice in body["choices"]] == [0, 1, 2]),
+    (completion([5, 6, 7]), lambda body: body["usage"]["prompt_tokens"] == 3),
+    (completion("Hello!", echo=True), lambda body: body["choices"][0]["text"].startswith("Hello!")),
+    (completion("Hello!", logprobs=1), lambda body: len(body["choices"][0]["logprobs"]["tokens"]) == 12),
+    (completion("Hello!", stream=True, stream_options={"include_usage": True}), lambda body: "usage" in body),
+    (chat("Hello!", stream=True), lambda body: body["object"] == "chat.completion"),
+]
+REFUSED = [
+    (chat("bado " * 3000), "context_length_exceeded", "the prompt has 3"),
+    (completion("bado " * 3000), "context_length_exceeded", "and the model's context 2048"),
+    (chat("Hello!", temperature="hot"), "invalid_request", "temperature: Input should be a valid number"),
+    (chat("Hello!", temperature=-1), "invalid_request", "temperature must be non-negative"),
+    (chat("Hello!", max_tokens=100_000), "invalid_request", "max_tokens"),
+    (row(CHAT, {"temperature": 0}), "invalid_request", "messages: Field required"),
+    (chat("Hello!", messages=[{"role": "user"}], n=0), "invalid_request", "n"),
+    (chat("Hello!", model="gpt-4o"), "model_not_found", "The model `gpt-4o` does not exist"),
+    (chat("Hello!", response_format={"type": "json_schema"}), "invalid_request", "json_schema"),
+    (chat("Hello!", tools=[TOOL], tool_choice="required"), "invalid_request", "tool"),
+    (row("/v1/embeddings", {"input": "Hello!"}), "unsupported", "the model cannot answer /v1/embeddings"),
+]
+
+
+def test_text(engine: Engine) -> None:
+    model = engine.model("shared/tiny.py.jinja", "make_tiny_model")
+    arguments = ["--model", str(model), "--served-model-name", "tiny", *TINY_ARGS]
+    rows = [
+        *(wrong for wrong, _, _ in REFUSED),
+        *ANSWERED,
+        *(asked for asked, _ in COMPLETED),
+        *(wrong for wrong, _, _ in REFUSED),
+    ]
+    report = engine.answers(rows, arguments, kill=True)
+    ended = report["ended"]
+
+    refused = ended[: len(REFUSED)]
+    assert refused == ended[-len(REFUSED) :]
+    for outcome, (_, code, message) in zip(refused, REFUSED, strict=True):
+        assert (outcome["code"], outcome["retry"]) == (code, False), outcome
+        assert message in outcome["message"]
+
+    answered = ended[len(REFUSED) :][: len(ANSWERED)]
+    theirs = engine.run_batch(ANSWERED, arguments)
+    for ours, other in zip(answered, theirs, strict=True):
+        assert same(ours) == same(other["response"]["body"])
+    assert json.loads(answered[603]["choices"][0]["message"]["content"]) in {"yes", "no"}
+
+    for outcome, (_, right) in zip(ended[len(REFUSED) + len(ANSWERED) :], COMPLETED, strict=False):
+        assert right(outcome), outcome
+
+    assert report["capacity"] == 512  # twice what vLLM takes at once
+    assert report["died"] == "EngineDeadError"
