@@ -38,6 +38,7 @@ import threading
 import time
 import traceback
 import types
+import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any

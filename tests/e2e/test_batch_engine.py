@@ -13,7 +13,7 @@ import pytest
 
 import pieces
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 TINY_ENV = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -161,6 +161,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_text(engine: Engine) -> None:
     model = engine.model("shared/tiny.py.jinja", "make_tiny_model")
     arguments = ["--model", str(model), "--served-model-name", "tiny", *TINY_ARGS]
@@ -190,3 +191,43 @@ def test_text(engine: Engine) -> None:
 
     assert report["capacity"] == 512  # twice what vLLM takes at once
     assert report["died"] == "EngineDeadError"
+
+
+def embedding(text: Any, **fields: Any) -> dict[str, Any]:
+    return row(EMBEDDINGS, {"input": text} | fields)
+
+
+EMBEDDED = [
+    *(embedding(f"bado kifu {n}") for n in range(600)),
+    embedding(["a", "b", "c"]),
+    embedding("Hello!", encoding_format="base64"),
+    embedding("Hello!", dimensions=16),
+    embedding([[5, 6, 7], [8, 9]]),
+    embedding("bado " * 3000, truncate_prompt_tokens=100),
+]
+NOT_EMBEDDED = [
+    (embedding("bado " * 3000), "context_length_exceeded", "and the model's context 2048"),
+    (embedding(["a", "bado " * 3000]), "context_length_exceeded", "the prompt has 3"),
+    (embedding("a", dimensions=3000), "invalid_request", "dimensions"),
+    (embedding("a", encoding_format="bytes"), "invalid_request", "encoding_format"),
+    (embedding([]), "invalid_request", "at least one prompt"),
+    (chat("Hello!"), "unsupported", "the model cannot answer /v1/chat/completions, but /v1/embeddings"),
+]
+
+
+@pytest.mark.slow
+def test_embeddings(engine: Engine) -> None:
+    model = engine.model("shared/tiny.py.jinja", "make_tiny_model")
+    arguments = ["--model", str(model), "--served-model-name", "tiny", *TINY_ARGS, "--runner", "pooling"]
+    arguments += ["--hf-overrides", '{"is_matryoshka": true}']
+    rows = [*EMBEDDED, *(wrong for wrong, _, _ in NOT_EMBEDDED)]
+    ended = engine.answers(rows, arguments)["ended"]
+
+    for outcome, (_, code, message) in zip(ended[len(EMBEDDED) :], NOT_EMBEDDED, strict=True):
+        assert (outcome["code"], outcome["retry"]) == (code, False), outcome
+        assert message in outcome["message"]
+
+    theirs = engine.run_batch(EMBEDDED, arguments)
+    for ours, other in zip(ended, theirs, strict=False):
+        assert same(ours) == same(other["response"]["body"])
+    assert len(ended[602]["data"][0]["embedding"]) == 16
