@@ -20,6 +20,7 @@ from gpuctl.local.wire import (
     invalid,
     not_found,
     rpc,
+    unimplemented,
 )
 
 DEFAULT = "main"
@@ -90,9 +91,14 @@ class Environments:
         ]
         return api_pb2.EnvironmentListResponse(items=items)
 
-    @rpc("EnvironmentUpdate", differs="only the name can change")
+    @rpc("EnvironmentUpdate", differs="only the name can change; the rest is refused by name")
     async def update(self, request: Any, _call: Call) -> Any:
         row = self.named(request.current_name)
+        fixed = [
+            field.name for field, _ in request.ListFields() if field.name not in ("current_name", "name")
+        ]
+        if fixed:
+            raise unimplemented(f"An Environment's {' and '.join(fixed)} cannot be set here.")
         name = request.name.value if request.HasField("name") else row.name
         if name != row.name:
             if row.name == DEFAULT:

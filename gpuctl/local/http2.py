@@ -86,8 +86,9 @@ class _Stream:
         "_connection",
         "_metadata",
         "_out",
-        "_request",
+        "_parts",
         "_route",
+        "_size",
         "_unacknowledged",
         "ended",
         "id",
@@ -105,7 +106,8 @@ class _Stream:
         self._connection = connection
         self._route = route
         self._metadata = metadata
-        self._request = b""
+        self._parts: list[bytes] = []  # of the request, as it came; a hundred megabytes are thousands
+        self._size = 0
         self._out: list[bytes] = []
         self._begun = False  # headers have been sent
         self._unacknowledged = 0
@@ -114,8 +116,9 @@ class _Stream:
 
     def receive(self, data: bytes) -> bool:
         """Take in what came; False for more than a message may be."""
-        self._request = self._request + data if self._request else data
-        return len(self._request) <= _MOST_MESSAGE
+        self._parts.append(data)
+        self._size += len(data)
+        return self._size <= _MOST_MESSAGE
 
     def acknowledge(self, size: int) -> bytes:
         """What lets the client send on."""
@@ -129,7 +132,8 @@ class _Stream:
     def answer(self, loop: asyncio.AbstractEventLoop) -> None:
         """The request is here: answer it, at once where the handler does."""
         self.ended = True
-        data, self._request = self._request, b""
+        data = b"".join(self._parts)
+        self._parts.clear()
         answer: Any
         try:
             if len(data) < 5 or data[0] or int.from_bytes(data[1:5], "big") != len(data) - 5:

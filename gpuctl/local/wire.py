@@ -119,8 +119,11 @@ def exhausted(message: str) -> Exception:
 
 
 def too_large(limit: str) -> Exception:
-    """The client raises RequestSizeError: it looks for the words of the cloud's proxy."""
-    return _error(Status.UNKNOWN, f"Received :status = '413': {limit}")
+    """The client raises RequestSizeError: it looks for the words of the cloud's proxy.
+
+    Not with that proxy's status, UNKNOWN, upon which a blocking put tries again for ever.
+    """
+    return _error(Status.INVALID_ARGUMENT, f"Received :status = '413': {limit}")
 
 
 def unimplemented(message: str) -> Exception:

@@ -166,6 +166,10 @@ def test_environments(plane: TestPlane) -> None:
     kept = list((plane.state_dir / "secrets").iterdir()), list((plane.state_dir / "volumes").iterdir())
     plane.quick("environment", "update", "nest", "--set-name", "tree")
     assert [v["name"] for v in plane.json("volume", "list", "-e", "tree")] == ["egg"]
+    for option in ("--set-web-suffix", "--set-image-builder-version"):
+        refused = plane.quick("environment", "update", "tree", option, "2024.10", check=False)
+        assert refused.returncode == 1
+        assert f"{option[6:].replace('-', '_')} cannot be set here" in refused.stdout + refused.stderr
     taken = plane.quick("environment", "create", "tree", check=False)
     assert taken.returncode == 1
     plane.quick("environment", "delete", "tree", "--yes")

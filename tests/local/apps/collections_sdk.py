@@ -39,7 +39,7 @@ def dicts(name):
         "values": sorted(map(str, d.values())),
         "items": sorted([str(k), v] for k, v in d.items() if k in ("a", "f")),
         "pop": [d.pop("a"), d.pop("a", "gone"), outcome(lambda: d.pop("a"))],
-        "large": (d.put("large", b"x" * (5 << 20)), len(d["large"]))[1],
+        "large": (d.put("large", b"x" * (50 << 20)), len(d["large"]))[1],
         "info": d.info().name == name,
         "same": modal.Dict.from_id(d.object_id).get("e"),
     }
@@ -79,7 +79,8 @@ def queues(name):
         outcome(lambda: q.put(1, timeout=0.5, partition="full")),
         q.len(partition="full"),
     ]
-    found["too large"] = outcome(lambda: q.put(b"x" * (1 << 20), block=False))
+    large = b"x" * (1 << 20)
+    found["too large"] = [outcome(lambda: q.put(large, block=False)), outcome(lambda: q.put(large))]
     q.clear(partition="full")
     q.clear()
     found["cleared"] = q.len(total=True)
