@@ -153,19 +153,30 @@ def package_command(words: list[str]) -> list[str] | None:
 def _from_uv(arguments: list[str]) -> list[str]:
     """uv's options in pip's words; those with no meaning in pip are left out."""
     out: list[str] = []
-    skip = 0
+    skip = False
     for word in arguments:
+        name, equals, _ = word.partition("=")
         if skip:
-            skip -= 1
-        elif word in ("--compile-bytecode", "--system", "--no-cache"):
+            skip = False
+        elif word in _UV_FLAGS:
             continue
-        elif word in ("--python", "--index-strategy", "--prerelease", "--torch-backend"):
-            skip = 1
-            if word == "--prerelease":
+        elif name in _UV_OPTIONS:
+            skip = not equals
+            if name == "--prerelease":
                 out.append("--pre")
         else:
-            out.append({"--requirements": "--requirement"}.get(word, word))
+            out.append(_UV_TO_PIP.get(name, name) + word[len(name) :])
     return out
+
+
+_UV_FLAGS = {"--compile-bytecode", "--system", "--no-cache", "--no-progress", "--native-tls"}
+_UV_OPTIONS = {"--python", "-p", "--index-strategy", "--prerelease", "--torch-backend", "--link-mode"}
+_UV_TO_PIP = {
+    "--requirements": "--requirement",
+    "--index": "--extra-index-url",
+    "--default-index": "--index-url",
+    "--reinstall": "--force-reinstall",
+}
 
 
 def system_packages(words: list[str]) -> list[str]:

@@ -139,6 +139,7 @@ class _Layer:
     env: dict[str, str] = field(default_factory=dict)
     workdir: str | None = None
     entrypoint: list[str] = field(default_factory=list)
+    shell: list[str] = field(default_factory=lambda: ["/bin/sh", "-c"])
     warnings: list[str] = field(default_factory=list)
 
 
@@ -368,7 +369,6 @@ class _LayerBuild:
         self._layer = _Layer(**{**asdict(parent), "id": image_id}) if parent else _Layer(id=image_id)
         self._own_tree = False
         self._arguments: dict[str, str] = {}  # of ARG
-        self._shell_argv: tuple[str, ...] = ("/bin/sh", "-c")
         self._official_python = False
 
     async def run(self) -> _Layer:
@@ -403,7 +403,7 @@ class _LayerBuild:
             case "SHELL":
                 shell = json.loads(rest)
                 if shutil.which(shell[0]):
-                    self._shell_argv = tuple(shell)
+                    self._layer.shell = shell
                 else:
                     self._warn(f"SHELL {rest} is not applied here: {shell[0]} is not on this machine")
             case "FROM":
@@ -626,6 +626,8 @@ class _LayerBuild:
 
         It may change the environment, /root, the copied files, and make folders at the top; nothing else.
         """
+        if re.search(r"(?:^|[\s;&|(])uv\s", command) and not (self._tree() / "venv" / "bin" / "uv").exists():
+            await self._install(["install", "--quiet", "uv"])  # Modal's base images have it
         tree = await self._writable_tree()
         root = self._folder / "root"
         root.mkdir(exist_ok=True)
@@ -648,12 +650,13 @@ class _LayerBuild:
             "PATH": _PATH,
             "HOME": "/root",
             "LANG": "C.UTF-8",
+            "UV_PYTHON": f"{IMAGE_PATH}/venv/bin/python",  # what `uv pip install --system` is to mean
             **installer,
             **self._arguments,
             **self._layer.env,
             **self._secret_env,
         }
-        program = sandbox.Program((*self._shell_argv, command), environment, self._layer.workdir or "/root")
+        program = sandbox.Program((*self._layer.shell, command), environment, self._layer.workdir or "/root")
         self._log(f"$ {command}\n")
         launched = await sandbox.launch(scratch, filesystem, program, merge_stderr=True)
         code, reason = -9, ""

@@ -29,6 +29,10 @@ from gpuctl.local import dockerfile
         ),
         ("pip list", None),
         ("apt-get install -y pip", None),
+        (
+            "uv pip install --system --torch-backend=auto --index-strategy first-index --default-index=https://x six",
+            ["install", "--index-url=https://x", "six"],
+        ),
     ],
 )
 def test_package_installs_are_recognised_in_pips_terms(command: str, pip: list[str] | None) -> None:

@@ -199,6 +199,16 @@ def test_a_failing_command_is_told_with_what_the_image_lacks_here(
         build(store, ["FROM base", "RUN ffmpeg-of-old -v"], image.id)
 
 
+def test_shell_lasts_and_uv_is_there(store: ImageStore, image: BuiltImage) -> None:
+    shell, _ = build(store, ["FROM base", 'SHELL ["/bin/bash", "-c"]'], image.id)
+    commands = [
+        "FROM base",
+        "RUN [[ -n yes ]] && uv pip freeze --system | grep six && uv --version > /root/uv",
+    ]
+    _, log = build(store, commands, shell.id)
+    assert "six==1.17.0" in log
+
+
 def test_an_index_that_cannot_be_reached_is_left_out(store: ImageStore, base: BuiltImage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
