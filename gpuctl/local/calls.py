@@ -1,7 +1,7 @@
 """Calls: the RPCs of `.remote`, `.map`, `.spawn` and generators, from both sides. Imports ledger, pools.
 
 The caller makes a call (FunctionMap), puts inputs and gets outputs; a container gets inputs and puts outputs. What
-waits and who runs it is in `pools`, what lasts in `ledger`. The plane itself retries, for every kind of call.
+waits is in `backlog`, who runs it in `pools`, what lasts in `ledger`. The plane itself retries, for every kind of call.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Calls:
                 item.data = self._ledger.kept_in_memory(item.data or b"")
             if app is not None and app.state in _LIVE and app.version:
                 with contextlib.suppress(Exception):
-                    self._pool(call.function_id).add(inputs)
+                    self._pool(call.function_id).inputs.add(inputs)
                     continue
             for item in inputs:
                 self._terminate(item, "the app was stopped")
@@ -131,7 +131,7 @@ class Calls:
 
     def busy(self, app_id: str) -> bool:
         """Whether the app has inputs without an output."""
-        return any(pool.backlog or pool.running for pool in self.of_app(app_id))
+        return any(pool.inputs.waiting or pool.inputs.running for pool in self.of_app(app_id))
 
     async def close_app(self, app_id: str) -> None:
         """Answer what waits, and end the containers."""
@@ -146,7 +146,7 @@ class Calls:
 
     async def _close(self, pool: Pool, reason: str) -> None:
         # Its containers end by a signal; until then they are still answered.
-        pool.cancel("", reason, tell=False)
+        pool.inputs.cancel("", reason, tell=False)
         await pool.close()
         if self._pools.get(pool.function_id) is pool:
             del self._pools[pool.function_id]
@@ -167,9 +167,17 @@ class Calls:
         definition_id = deployment.layout.definition_ids[base]
         if self._functions.data(definition_id).is_server:
             raise conflict(f"'{function.name}' is a server: it is reached by HTTP, not called.")
-        pool = Pool(function, self._ledger, self._functions, self._tasks, self._logs, self._capacity)
+        pool = Pool(
+            function,
+            deployment,
+            definition_id,
+            self._ledger,
+            self._functions,
+            self._tasks,
+            self._logs,
+            self._capacity,
+        )
         self._pools[function_id] = pool
-        pool.publish(deployment, definition_id)
         return pool
 
     def _worker(self, call: Call) -> tuple[Pool, Worker]:
@@ -180,6 +188,12 @@ class Calls:
         if pool is None or worker is None:
             raise conflict("Only a function's container can say this.")
         return pool, worker
+
+    def _worker_if_any(self, call: Call) -> Worker | None:
+        """The same, where others may speak too."""
+        task = self._tasks.live.get(call.task_id)
+        pool = self._pools.get(task.function_id) if task else None
+        return pool.workers.get(call.task_id) if pool else None
 
     def _build(self, call: Call) -> Build | None:
         """What the container that speaks builds, if it is for that."""
@@ -215,7 +229,7 @@ class Calls:
         items = [(item.idx, item.input.SerializeToString()) for item in request.pipelined_inputs]
         row, new = self._ledger.add(row, call.idempotency_key, items)
         if new and items:
-            pool.add(self._inputs(row, request.pipelined_inputs, items))
+            pool.inputs.add(self._inputs(row, request.pipelined_inputs, items))
         return api_pb2.FunctionMapResponse(
             function_call_id=row.id,
             pipelined_inputs=_receipts(row, request.pipelined_inputs),
@@ -231,7 +245,9 @@ class Calls:
         if items:
             new = self._ledger.put(row, items)
             inputs = self._inputs(row, request.inputs, items)
-            pool.add([item for item in inputs if item.idx in new] if len(new) < len(inputs) else inputs)
+            pool.inputs.add(
+                [item for item in inputs if item.idx in new] if len(new) < len(inputs) else inputs
+            )
         return api_pb2.FunctionPutInputsResponse(inputs=_receipts(row, request.inputs))
 
     def _inputs(self, row: CallRow, sent: Iterable[Any], items: list[tuple[int, bytes]]) -> list[Input]:
@@ -290,9 +306,7 @@ class Calls:
     @contextlib.contextmanager
     def _waiting(self, call: Call) -> Any:
         """While a container waits for another call, it needs no core."""
-        task = self._tasks.live.get(call.task_id)
-        pool = self._pools.get(task.function_id) if task else None
-        worker = pool.workers.get(call.task_id) if pool else None
+        worker = self._worker_if_any(call)
         if worker is None:
             yield
             return
@@ -356,7 +370,7 @@ class Calls:
         pool = self._pools.get(row.function_id)
         if pool is None:
             return
-        for item in pool.cancel(row.id, "Input was cancelled by user", terminate=terminate):
+        for item in pool.inputs.cancel(row.id, "Input was cancelled by user", terminate=terminate):
             for child in self._ledger.children(item.id):
                 if child.invocation == api_pb2.FUNCTION_CALL_INVOCATION_TYPE_SYNC:
                     self._cancel(child, terminate=terminate)
@@ -394,9 +408,9 @@ class Calls:
         if pool is None:
             return api_pb2.FunctionStats()
         return api_pb2.FunctionStats(
-            backlog=pool.backlog,
+            backlog=pool.inputs.waiting,
             num_total_tasks=len(pool.workers),
-            num_running_inputs=pool.running,
+            num_running_inputs=pool.inputs.running,
             input_headroom=pool.headroom,
         )
 
@@ -407,7 +421,7 @@ class Calls:
         if build := self._build(call):
             return build.inputs()
         pool, worker = self._worker(call)
-        if request.batch_max_size <= 1 and (item := pool.take_one(worker)):
+        if request.batch_max_size <= 1 and (item := pool.inputs.take_one(worker)):
             return self._given([item])
         return self._get_inputs(pool, worker, request)
 
@@ -454,16 +468,14 @@ class Calls:
     @rpc("FunctionGetDynamicConcurrency")
     async def concurrency(self, request: Any, call: Call) -> Any:
         pool, _ = self._worker(call)
-        wanted = request.max_concurrency if pool.pending else request.target_concurrency
+        wanted = request.max_concurrency if pool.inputs.pending else request.target_concurrency
         return api_pb2.FunctionGetDynamicConcurrencyResponse(concurrency=wanted)
 
     @rpc("ContainerHeartbeat")
     async def heartbeat(self, _request: Any, call: Call) -> Any:
-        task = self._tasks.live.get(call.task_id)
-        pool = self._pools.get(task.function_id) if task else None
-        worker = pool.workers.get(call.task_id) if pool else None
+        worker = self._worker_if_any(call)
         response = api_pb2.ContainerHeartbeatResponse()
-        if pool is not None and worker is not None and (cancels := await pool.heartbeat(worker)):
+        if worker is not None and (cancels := await worker.cancels()):
             response.cancel_input_event.input_ids.extend(cancels)
         return response
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SCALEDOWN_WINDOW = 60.0
 DEFAULT_TIMEOUT = 300.0
+_HEARTBEAT_SECONDS = 14.0  # the client expects an answer within 15
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,53 @@ class Worker:
     ready_at: float = 0.0  # when it asked for the first time
     idle_since: float = 0.0
     late: bool = False  # it was not ready within the startup_timeout
-    leaving: bool = False  # it gets no more inputs
+    leaving: bool = False  # it was told to end, or is about to be
+    outdated: bool = False  # it is to be replaced
     waits: int = 0  # calls of its own that it waits for
-    cancels: list[str] = field(default_factory=list)  # inputs that it is still to be told to cancel
-    cancel_news: asyncio.Event = field(default_factory=asyncio.Event)
+    _cancels: list[str] = field(default_factory=list)  # inputs that it is still to be told to cancel
+    _cancel_news: asyncio.Event = field(default_factory=asyncio.Event)
     heeded: bool = False  # its death is no surprise: the plane ended it for an input that did not end
 
     @property
     def id(self) -> str:
         return self.task.id
+
+    @property
+    def ending(self) -> bool:
+        """It gets no more inputs."""
+        return self.leaving or self.outdated
+
+    @property
+    def idle(self) -> bool:
+        """It has nothing to do, and says so."""
+        return self.asks is not None and not self.inputs
+
+    def stop_asking(self) -> bool:
+        """Let it look again whether there is an input, or that it is to end; False when it does not wait for that."""
+        if self.asks is None or self.asks.done():
+            return False
+        self.asks.set_result(None)
+        return True
+
+    def tell_to_cancel(self, item: Input) -> None:
+        """By the answer to its heartbeat."""
+        self._cancels.append(item.id)
+        self._cancel_news.set()
+
+    async def cancels(self) -> list[str]:
+        """The inputs that it is to cancel; waits a while for some."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HEARTBEAT_SECONDS):
+                await self._cancel_news.wait()
+        self._cancel_news.clear()
+        cancels, self._cancels = self._cancels, []
+        return [input_id for input_id in cancels if input_id in self.inputs]
+
+    def kill(self) -> None:
+        """End it at once, for the sake of an input that would not end, or because it is late."""
+        self.leaving = self.heeded = True
+        if self.task.container is not None:
+            self.task.container.kill()
 
     def note_input(self) -> None:
         """Its inputs have changed: note whose words it prints. Without any it is still those of the last one."""

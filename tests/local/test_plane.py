@@ -269,7 +269,7 @@ def test_the_user_s_profile_does_not_leak_in(tmp_path: Path) -> None:
         }
         done = subprocess.run(
             [sys.executable, "-m", "gpuctl", "local", "exec", "--", "env"],
-            env=dict(os.environ) | own | {"XDG_STATE_HOME": str(tmp_path)},
+            env=plane.environment() | own | {"XDG_STATE_HOME": str(tmp_path)},
             capture_output=True,
             text=True,
             check=True,
