@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from gpuctl.batch.formats import FILES, TABLES, TITLES, Kind, by_magic, by_name, is_text, kind_of
 from gpuctl.batch.readers import Reader
-from gpuctl.batch.sources import READ_ERRORS, look, unreadable
+from gpuctl.batch.sources import READ_ERRORS, look, shown, unreadable
 from gpuctl.errors import usage_error
 
 if TYPE_CHECKING:
@@ -46,13 +46,10 @@ def find(paths: Sequence[str], kind: Kind | None, wanted: frozenset[Kind], encod
         raise usage_error("-: stdin is an input of its own, and cannot stand beside files")
     if kind in FILES and STDIN in paths:
         raise usage_error(f"--input-format {kind}: stdin is no file of its own; name files or a folder")
-    named: list[str] = []
-    walked: list[str] = []  # in folders and globs
-    for path in paths:
-        (walked if _is_folder_or_glob(path) else named).append(path)
-    everything = [file for path in paths for file in ([path] if path in named else _walk(path))]
-    if not walked:
-        return _of_names(everything, kind, encoding)
+    folders = {path for path in paths if _is_folder_or_glob(path)}
+    if not folders:
+        return _of_names(paths, kind, encoding)
+    everything = [file for path in paths for file in (_walk(path) if path in folders else [path])]
     return _of_folders(paths, everything, kind, wanted, encoding)
 
 
@@ -161,10 +158,10 @@ def _skipped(names: Iterator[str]) -> tuple[str, ...]:
     counts = Counter(PurePath(name).suffix.lower() or PurePath(name).name for name in names)
     if not counts:
         return ()
-    shown = [f"{count} {suffix}" for suffix, count in counts.most_common(5)]
+    commonest = [f"{count} {suffix}" for suffix, count in counts.most_common(5)]
     more = f" and {len(counts) - 5} more kinds" if len(counts) > 5 else ""
     total = sum(counts.values())
-    return (f"{total} other file{'s' * (total > 1)} skipped ({', '.join(shown)}{more})",)
+    return (f"{total} other file{'s' * (total > 1)} skipped ({', '.join(commonest)}{more})",)
 
 
 def _walk(path: str) -> Iterator[str]:
@@ -200,7 +197,7 @@ def _look(name: str, encoding: str | None) -> Source:
     if name != STDIN:
         _must_exist(name)
     try:
-        return look("stdin", None, encoding) if name == STDIN else look(name, Path(name), encoding)
+        return look("stdin", None, encoding) if name == STDIN else look(shown(name), Path(name), encoding)
     except READ_ERRORS as error:
         raise unreadable(name, error) from None
 

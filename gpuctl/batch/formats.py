@@ -57,24 +57,29 @@ _SUFFIXES = {
 _BY_SUFFIX = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 _PACKED = (".gz", ".zst")
 
-# How files begin: (offset, bytes).
-_AUDIO = (
-    (8, b"WAVE"), (0, b"ID3"), (0, b"\xff\xfb"), (0, b"\xff\xf3"), (0, b"\xff\xf2"), (0, b"\xff\xf1"), (0, b"\xff\xf9"),
-    (0, b"fLaC"), (0, b"OggS"), (4, b"ftyp"), (0, b"\x1a\x45\xdf\xa3"), (8, b"AIFF"), (8, b"AIFC"),
-)  # fmt: skip
-_IMAGE = (
-    (0, b"\x89PNG"), (0, b"\xff\xd8\xff"), (0, b"GIF8"), (8, b"WEBP"), (0, b"II*\0"), (0, b"MM\0*"),
-)  # fmt: skip
-_FOREIGN = (
-    (b"PK\x03\x04", "a ZIP file (a spreadsheet or a document, maybe): save it as CSV, or unpack it"),
-    (b"%PDF", "a PDF: take its text out of it first"),
-    (b"BZh", "packed with bzip2: gpuctl reads .gz and .zst"),
-    (b"\xfd7zXZ", "packed with xz: gpuctl reads .gz and .zst"),
-    (b"7z\xbc\xaf", "a 7-Zip file: unpack it"),
-    (b"SQLite format 3", "a SQLite database: export the table as CSV"),
-    (b"\x93NUMPY", "a NumPy array: save it as Parquet or CSV"),
-    (b"ARROW1", "an Arrow file: save it as Parquet"),
-)
+# How files begin.
+_MARKS = {
+    Kind.PARQUET: re.compile(rb"PAR1"),
+    Kind.AUDIO: re.compile(
+        rb"RIFF....WAVE|ID3|\xff[\xf1-\xf3\xf9-\xfb]|fLaC|OggS|....ftyp|\x1a\x45\xdf\xa3|FORM....AIF[FC]",
+        re.DOTALL,
+    ),
+    Kind.IMAGE: re.compile(
+        rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*", re.DOTALL
+    ),
+}
+_FOREIGN = {
+    re.compile(
+        rb"PK\x03\x04"
+    ): "a ZIP file (a spreadsheet or a document, maybe): save it as CSV, or unpack it",
+    re.compile(rb"%PDF-\d"): "a PDF: take its text out of it first",
+    re.compile(rb"BZh\d1AY"): "packed with bzip2: gpuctl reads .gz and .zst",
+    re.compile(rb"\xfd7zXZ"): "packed with xz: gpuctl reads .gz and .zst",
+    re.compile(rb"7z\xbc\xaf"): "a 7-Zip file: unpack it",
+    re.compile(rb"SQLite format 3\0"): "a SQLite database: export the table as CSV",
+    re.compile(rb"\x93NUMPY"): "a NumPy array: save it as Parquet or CSV",
+    re.compile(rb"ARROW1\0"): "an Arrow file: save it as Parquet",
+}
 
 LOOKED_AT = 100  # lines of the head
 
@@ -90,13 +95,9 @@ def by_name(name: str) -> Kind | None:
 
 
 def by_magic(head: bytes) -> Kind | None:
-    """What has a mark at its beginning."""
-    if head.startswith(b"PAR1"):
-        return Kind.PARQUET
-    for kind, marks in ((Kind.AUDIO, _AUDIO), (Kind.IMAGE, _IMAGE)):
-        if any(head.startswith(mark, offset) for offset, mark in marks):
-            return kind
-    return None
+    """What has a mark at its beginning, and is no text that happens to begin so ("ID3 is a way to learn trees")."""
+    found = next((kind for kind, mark in _MARKS.items() if mark.match(head)), None)
+    return None if found is None or is_text(head) else found
 
 
 def is_text(head: bytes) -> bool:
@@ -116,8 +117,8 @@ def kind_of(source: Source) -> Kind:
     marked = by_magic(head)
     if marked:
         return marked
-    for mark, what in _FOREIGN:
-        if head.startswith(mark):
+    for mark, what in _FOREIGN.items():
+        if mark.match(head):
             raise usage_error(f"{name}: {what}")
     named = by_name(name)
     if b"\0" in head:

@@ -21,7 +21,7 @@ from gpuctl.batch.requests import TITLES as ASKED
 from gpuctl.batch.requests import RowError, check_file
 from gpuctl.batch.rows import Problem, Row, Url
 from gpuctl.batch.seen import Seen
-from gpuctl.batch.sources import LONGEST, READ_ERRORS, look, not_text, text_encoding, why
+from gpuctl.batch.sources import LONGEST, READ_ERRORS, look, not_text, shown, text_encoding, why
 from gpuctl.errors import usage_error
 
 if TYPE_CHECKING:
@@ -195,13 +195,13 @@ class Input:
         """Each file a row, called by its name in the folder that all of them are in."""
         if self._keep:
             self._columns["file"] = None
-        for number, name in enumerate(self._found.files):
-            path = self._found.folder / name
+        for number, file in enumerate(self._found.files):
+            path, name = self._found.folder / file, shown(file)
             columns: dict[str, Any] = {"file": name}
             body: dict[str, Any] | None = None
             media: tuple[Path, ...] = ()
             problem: Problem | None = None
-            self._hash.update(b"\0" + os.fsencode(name) + b"\0")
+            self._hash.update(b"\0" + os.fsencode(file) + b"\0")
             try:
                 size = check_file(path)
                 if self.kind is Kind.TEXT:

@@ -10,6 +10,7 @@ import codecs
 import difflib
 import gzip
 import io
+import os
 import re
 import sys
 import zlib
@@ -161,6 +162,11 @@ def not_text(line: bytes) -> str | None:
             return f"byte 0x{ord(marked) - 0xDC00:02x} is not in the encoding"
         return f"byte {error.start + 1} of the line, 0x{byte:02x}, is not UTF-8"
     return None
+
+
+def shown(name: str) -> str:
+    """A file's name as text: names may be any bytes."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def why(error: BaseException) -> str:

@@ -82,7 +82,7 @@ def stdin(content: bytes) -> Iterator[None]:
             for start in range(0, len(content), 100_000):
                 file.write(content[start : start + 100_000])
 
-    thread = threading.Thread(target=feed)
+    thread = threading.Thread(target=feed, daemon=True)
     thread.start()
     before = sys.stdin
     sys.stdin = os.fdopen(reading, "r")
@@ -135,6 +135,7 @@ def test_each_url_of_openai_batch(folder: Path, url: Url, body: dict[str, Any]) 
         ("data", "text\tn\none\t1\ntwo\t2\n", "TSV with columns text, n"),
         ("data", "text,n\none,1\ntwo,2\n", "CSV with columns text, n"),
         ("data", "one\ntwo\n", "text, a row per line"),
+        ("data.gz", gzip.compress(b"one\ntwo\n"), "text (gzip), a row per line"),
         ("a.txt", lines({"text": "one"}, {"text": "two"}), "JSONL with columns text"),
         ("a.csv.gz", gzip.compress(b"text,n\none,1\ntwo,2\n"), "CSV (gzip) with columns text, n"),
         ("a.csv", "text,n\none,1\ntwo,2\n".encode("utf-16"), "CSV in UTF-16 with columns text, n"),
@@ -194,7 +195,9 @@ def test_parquet_from_a_pipe(folder: Path) -> None:
 
 def test_a_named_pipe_is_read_once_as_process_substitution_makes_it(folder: Path) -> None:
     os.mkfifo("pipe")
-    writer = threading.Thread(target=lambda: Path("pipe").write_bytes(b"text\n" + b"x,y\n" * 100))
+    writer = threading.Thread(
+        target=lambda: Path("pipe").write_bytes(b"text\n" + b"x,y\n" * 100), daemon=True
+    )
     writer.start()
     assert len(list(open_input(["pipe"], kind=Kind.LINES))) == 101
     writer.join()
@@ -598,7 +601,7 @@ def test_a_table_of_names_only_has_no_row(folder: Path) -> None:
 
 
 def test_without_pyarrow_parquet_is_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put("in.parquet", b"PAR1....PAR1")
+    put("in.parquet", b"PAR1\0\0\0\0PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with refused("in.parquet: Parquet: pyarrow is not installed", "pip install 'gpuctl[batch]'"):
         open_input(["in.parquet"], prompt="x")
@@ -674,6 +677,27 @@ def test_seen_is_a_set(texts: list[str]) -> None:
     for text in texts:
         assert seen.add(text) is (text not in plain)
         plain.add(text)
+
+
+def test_seen_keeps_little_of_each() -> None:
+    seen = Seen()
+    for number in range(100_000):
+        assert seen.add(f"request-{number}")
+    assert sum(len(table) * table.itemsize for table in seen._tables) < 100_000 * 17
+
+
+def test_text_that_begins_as_other_files_do_is_text(folder: Path) -> None:
+    for line in ("ID3 learns trees", "The big WAVE", "PAR1 is a hole", "GIF8 words", "BZh9", "OggS"):
+        assert prompts(list(open_input([put("in.txt", line)]))) == [line]
+
+
+def test_names_of_files_may_be_any_bytes(folder: Path) -> None:
+    Path("docs").mkdir()
+    Path(os.fsdecode(b"docs/caf\xe9\n.txt")).write_text("x")
+    (row,) = open_input(["docs"], prompt="{file}", keep_columns=True)
+    assert (row.id, row.columns, prompts([row])) == ("caf\ufffd\n.txt", {"file": row.id}, [row.id])
+    (named,) = open_input([os.fsdecode(b"docs/caf\xe9\n.txt")])
+    assert prompts([named]) == ["x"]
 
 
 def test_a_million_rows_stay_flat(folder: Path) -> None:
