@@ -39,6 +39,12 @@ class HeaderReader:
     def _read(self, block: bytes) -> dict[str, str]:
         found: dict[str, str] = {}
         at, end = 0, len(block)
+        while at < end and block[at] & 0xE0 == 0x20:  # only a block's beginning may change the table's size
+            limit, at = _integer(block, at, 5)
+            if limit > _MOST_TABLE_BYTES:
+                raise HeaderError("a header table larger than allowed")
+            self._limit = limit
+            self._evict()
         while at < end:
             first = block[at]
             if first & 0x80:
@@ -51,12 +57,7 @@ class HeaderReader:
                 name, value, at = self._literal(block, at, 6)
                 self._add(name, value)
             elif first & 0x20:
-                limit, at = _integer(block, at, 5)
-                if limit > _MOST_TABLE_BYTES:
-                    raise HeaderError("a header table larger than allowed")
-                self._limit = limit
-                self._evict()
-                continue
+                raise HeaderError("a change of the table's size within a block")
             else:
                 name, value, at = self._literal(block, at, 4)
             found[name] = value

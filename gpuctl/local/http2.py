@@ -1,9 +1,12 @@
 """gRPC over HTTP/2 (RFC 9113), as far as the modal client speaks it, with little overhead. Imports headers, service.
 
 grpclib's server takes 0.3 ms of CPU for a call, most of it in h2's state machine; each input of a `.map` is two calls
-of its container alone. This one takes a quarter. A call is one message; its answer is one or a stream of them. Left
-out: streams of requests, compression, server push, priorities, deadlines (a client whose deadline has passed resets
-its stream, which cancels the handler).
+of its container alone. This one takes a quarter (docs/architecture.md has the measurement). A call is one message; its
+answer is one or a stream of them. Left out: streams of requests, compression, server push, priorities, deadlines (a
+client whose deadline has passed resets its stream, which cancels the handler).
+
+Whoever is on this machine can connect: a call's headers are judged before its data is kept, and what breaks the
+protocol ends the connection (which RFC 9113, 5.4.2, allows also where less would do) with the RFC's error code.
 """
 
 from __future__ import annotations
@@ -25,20 +28,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gpuctl.local.service import Route
+    from gpuctl.local.wire import Call
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS = 0, 1, 2, 3, 4
-_PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 6, 7, 8, 9
+_PUSH_PROMISE, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 5, 6, 7, 8, 9
 _END_STREAM, _ACK, _END_HEADERS, _PADDED, _PRIORITIZED = 1, 1, 4, 8, 32
-_SET_STREAMS, _SET_WINDOW, _SET_FRAME = 3, 4, 5
-_PROTOCOL_ERROR, _FLOW_CONTROL_ERROR, _FRAME_SIZE_ERROR, _CANCEL, _COMPRESSION_ERROR, _CALM = (
-    1,
-    3,
-    6,
-    8,
-    9,
-    11,
-)
+_SET_PUSH, _SET_STREAMS, _SET_WINDOW, _SET_FRAME = 2, 3, 4, 5
+_NO_ERROR, _PROTOCOL_ERROR, _FLOW_CONTROL_ERROR, _STREAM_CLOSED, _FRAME_SIZE_ERROR = 0, 1, 3, 5, 6
+_REFUSED_STREAM, _CANCEL, _COMPRESSION_ERROR, _CALM = 7, 8, 9, 11
+# Frames that belong to the connection, to a stream, and to either; those whose payload has one size.
+_OF_CONNECTION = frozenset((_SETTINGS, _PING, _GOAWAY))
+_OF_STREAM = frozenset((_DATA, _HEADERS, _PRIORITY, _RST_STREAM, _CONTINUATION))
+_SIZES = {_PRIORITY: 5, _RST_STREAM: 4, _PING: 8, _WINDOW_UPDATE: 4}
 
 _FRAME = 16384  # bytes that one frame may carry; neither side asks for more
 _WINDOW = (
@@ -49,6 +51,7 @@ _MOST_HEADERS = 64 << 10
 _MOST_STREAMS = 1 << 16
 _DEFAULT_WINDOW = 65535
 _MOST_WINDOW = (1 << 31) - 1
+_MOST_FRAME = (1 << 24) - 1
 
 
 def _frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
@@ -83,8 +86,8 @@ class _Stream:
 
     __slots__ = (
         "_begun",
+        "_call",
         "_connection",
-        "_metadata",
         "_out",
         "_parts",
         "_route",
@@ -96,16 +99,14 @@ class _Stream:
         "window",
     )
 
-    def __init__(
-        self, connection: _Connection, stream_id: int, route: Route, metadata: dict[str, str]
-    ) -> None:
+    def __init__(self, connection: _Connection, stream_id: int, route: Route, call: Call) -> None:
         self.id = stream_id
         self.window = connection.first_window
         self.ended = False  # the client sends no more
         self.task: asyncio.Task[None] | None = None
         self._connection = connection
         self._route = route
-        self._metadata = metadata
+        self._call = call
         self._parts: list[bytes] = []  # of the request, as it came; a hundred megabytes are thousands
         self._size = 0
         self._out: list[bytes] = []
@@ -138,7 +139,7 @@ class _Stream:
         try:
             if len(data) < 5 or data[0] or int.from_bytes(data[1:5], "big") != len(data) - 5:
                 raise GRPCError(Status.UNIMPLEMENTED, "not one uncompressed message")
-            answer = self._route.begin(self._metadata, data[5:])
+            answer = self._route.begin(self._call, data[5:])
             if isinstance(answer, Message):
                 message = answer.SerializeToString()
                 if len(message) < min(_FRAME, self.window, self._connection.window) - 5:
@@ -168,7 +169,7 @@ class _Stream:
                 await self._send((await answer).SerializeToString())
         except asyncio.CancelledError:
             if self._connection.streams.pop(self.id, None) is not None:
-                self._connection.write(_frame(_RST_STREAM, 0, self.id, struct.pack(">I", _CANCEL)))
+                self._connection.write(_reset(self.id, _CANCEL))
             raise
         except Exception as error:
             self._finish(error)
@@ -225,6 +226,10 @@ class _Stream:
             self._out.clear()
 
 
+def _reset(stream_id: int, code: int) -> bytes:
+    return _frame(_RST_STREAM, 0, stream_id, struct.pack(">I", code))
+
+
 def _end(stream_id: int, begun: bool, status: Status, message: str) -> bytes:
     """The trailers, or, where nothing was sent, headers and trailers in one."""
     if status is Status.OK:
@@ -244,6 +249,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._pending = b""
         self._greeted = False
+        self._settled = False  # the client's settings came
         self._headers = HeaderReader()
         self._block: tuple[int, int, bytes] | None = (
             None  # a header block that goes on: stream, flags, so far
@@ -253,6 +259,7 @@ class _Connection(asyncio.Protocol):
         self._drained: list[asyncio.Future[None]] = []
         self._room: list[asyncio.Future[None]] = []
         self._last_id = 0
+        self._told_to_stop = 0  # the last stream that was, beyond its end
         self.streams: dict[int, _Stream] = {}
         self.window = _DEFAULT_WINDOW
         self.first_window = _DEFAULT_WINDOW
@@ -278,10 +285,13 @@ class _Connection(asyncio.Protocol):
         self._wake(self._drained)
 
     def pause_writing(self) -> None:
+        # Who does not read is not listened to: answers to pings, say, would pile up.
         self._full = True
+        self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         self._full = False
+        self._transport.resume_reading()
         self._wake(self._drained)
 
     def data_received(self, data: bytes) -> None:
@@ -306,8 +316,7 @@ class _Connection(asyncio.Protocol):
                 self._receive(data[at + 3], data[at + 4], stream_id, data[begin : begin + size])
                 at = begin + size
         except _ConnectionError as error:
-            self.write(_frame(_GOAWAY, 0, 0, struct.pack(">II", self._last_id, error.code)))
-            self.close()
+            self.close(error.code)
             return
         self._pending = data[at:]
 
@@ -316,11 +325,21 @@ class _Connection(asyncio.Protocol):
     def _receive(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         if self._block is not None and (kind != _CONTINUATION or stream_id != self._block[0]):
             raise _ConnectionError(_PROTOCOL_ERROR)
+        if kind in (_OF_STREAM if not stream_id else _OF_CONNECTION) or not (
+            self._settled or (kind == _SETTINGS and not flags & _ACK)
+        ):
+            raise _ConnectionError(_PROTOCOL_ERROR)
+        if len(payload) != _SIZES.get(kind, len(payload)):
+            raise _ConnectionError(_FRAME_SIZE_ERROR)
         if kind == _DATA:
             self._on_data(flags, stream_id, payload)
         elif kind == _HEADERS:
             payload = _unpadded(flags, payload)
-            self._on_block(stream_id, flags, payload[5:] if flags & _PRIORITIZED else payload)
+            if flags & _PRIORITIZED:
+                if len(payload) < 5:
+                    raise _ConnectionError(_FRAME_SIZE_ERROR)
+                payload = payload[5:]
+            self._on_block(stream_id, flags, payload)
         elif kind == _CONTINUATION:
             if self._block is None:
                 raise _ConnectionError(_PROTOCOL_ERROR)
@@ -332,8 +351,11 @@ class _Connection(asyncio.Protocol):
             self._on_settings(flags, payload)
         elif kind == _PING:
             if not flags & _ACK:
-                self.write(_frame(_PING, _ACK, 0, payload[:8]))
+                self.write(_frame(_PING, _ACK, 0, payload))
+        elif kind == _PUSH_PROMISE:
+            raise _ConnectionError(_PROTOCOL_ERROR)
         elif kind == _RST_STREAM:
+            self._must_be_open_or_closed(stream_id)
             stream = self.streams.pop(stream_id, None)
             if stream is not None and stream.task is not None:
                 stream.task.cancel()
@@ -352,21 +374,36 @@ class _Connection(asyncio.Protocol):
             raise _ConnectionError(_COMPRESSION_ERROR) from error
         stream = self.streams.get(stream_id)
         if stream is not None:  # trailers, which gRPC clients do not send
-            if flags & _END_STREAM:
-                self._answer(stream)
+            if stream.ended:
+                raise _ConnectionError(_STREAM_CLOSED)
+            if not flags & _END_STREAM:
+                raise _ConnectionError(_PROTOCOL_ERROR)
+            stream.answer(self._server.loop)
             return
-        if stream_id <= self._last_id or not stream_id & 1:
+        if not stream_id & 1:
             raise _ConnectionError(_PROTOCOL_ERROR)
+        if stream_id <= self._last_id:
+            raise _ConnectionError(_STREAM_CLOSED)
         self._last_id = stream_id
+        if len(self.streams) >= _MOST_STREAMS:
+            self.write(_reset(stream_id, _REFUSED_STREAM))
+            return
         route = self._server.routes.get(metadata.get(":path", ""))
         if route is None:
             self.write(_end(stream_id, False, Status.UNIMPLEMENTED, "no such method"))
             return
-        stream = self.streams[stream_id] = _Stream(self, stream_id, route, metadata)
+        try:
+            call = route.admit(metadata)
+        except Exception as error:
+            refusal = route.refusal(error)
+            self.write(_end(stream_id, False, refusal.status, refusal.message or ""))
+            return
+        stream = self.streams[stream_id] = _Stream(self, stream_id, route, call)
         if flags & _END_STREAM:
-            self._answer(stream)
+            stream.answer(self._server.loop)
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
+        self._must_be_open_or_closed(stream_id)
         size = len(payload)
         stream = self.streams.get(stream_id)
         acknowledge = b""
@@ -374,48 +411,60 @@ class _Connection(asyncio.Protocol):
         if self._unacknowledged >= _WINDOW // 4:
             acknowledge = _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", self._unacknowledged))
             self._unacknowledged = 0
-        if stream is not None:  # else of one that has ended here already
-            if not stream.receive(_unpadded(flags, payload)):
-                del self.streams[stream_id]
-                if stream.task is not None:
-                    stream.task.cancel()
-                self.write(_end(stream_id, False, Status.UNIMPLEMENTED, "too large a message"))
-            elif flags & _END_STREAM:
-                self._answer(stream)
-            else:
-                acknowledge += stream.acknowledge(size)
+        if stream is None:
+            # It was refused, or has been reset. Who has much more to say there is told to stop, once.
+            if not flags & _END_STREAM and stream_id != self._told_to_stop:
+                self._told_to_stop = stream_id
+                acknowledge += _reset(stream_id, _NO_ERROR)
+        elif stream.ended:
+            raise _ConnectionError(_STREAM_CLOSED)
+        elif not stream.receive(_unpadded(flags, payload)):
+            del self.streams[stream_id]
+            self._told_to_stop = stream_id
+            acknowledge += _end(stream_id, False, Status.RESOURCE_EXHAUSTED, "too large a message")
+            acknowledge += _reset(stream_id, _NO_ERROR)
+        elif flags & _END_STREAM:
+            stream.answer(self._server.loop)
+        else:
+            acknowledge += stream.acknowledge(size)
         if acknowledge:
             self.write(acknowledge)
 
-    def _answer(self, stream: _Stream) -> None:
-        """All that the client has to say is here."""
-        if not stream.ended:
-            stream.answer(self._server.loop)
+    def _must_be_open_or_closed(self, stream_id: int) -> None:
+        """For frames that nobody may send on a stream that was never opened."""
+        if stream_id > self._last_id or not stream_id & 1:
+            raise _ConnectionError(_PROTOCOL_ERROR)
 
     def _on_window(self, stream_id: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise _ConnectionError(_FRAME_SIZE_ERROR)
         more = int.from_bytes(payload, "big") & 0x7FFFFFFF
-        if stream_id == 0:
-            self.window += more
-            if self.window > _MOST_WINDOW:
+        if not more:
+            raise _ConnectionError(_PROTOCOL_ERROR)
+        if stream_id:
+            self._must_be_open_or_closed(stream_id)
+        target = self.streams.get(stream_id) if stream_id else self
+        if target is not None:
+            target.window += more
+            if target.window > _MOST_WINDOW:
                 raise _ConnectionError(_FLOW_CONTROL_ERROR)
-        elif stream := self.streams.get(stream_id):
-            stream.window += more
         self._wake(self._room)
 
     def _on_settings(self, flags: int, payload: bytes) -> None:
+        if len(payload) % 6 or (flags & _ACK and payload):
+            raise _ConnectionError(_FRAME_SIZE_ERROR)
         if flags & _ACK:
             return
-        if len(payload) % 6:
-            raise _ConnectionError(_FRAME_SIZE_ERROR)
+        self._settled = True
         for name, value in struct.iter_unpack(">HI", payload):
             if name == _SET_WINDOW:
-                if value > _MOST_WINDOW:
-                    raise _ConnectionError(_FLOW_CONTROL_ERROR)
                 for stream in self.streams.values():
                     stream.window += value - self.first_window
                 self.first_window = value
+                if max(value, *(stream.window for stream in self.streams.values()), 0) > _MOST_WINDOW:
+                    raise _ConnectionError(_FLOW_CONTROL_ERROR)
+            elif (name == _SET_PUSH and value > 1) or (
+                name == _SET_FRAME and not _FRAME <= value <= _MOST_FRAME
+            ):
+                raise _ConnectionError(_PROTOCOL_ERROR)
         self.write(_frame(_SETTINGS, _ACK, 0, b""))
         self._wake(self._room)
 
@@ -447,7 +496,9 @@ class _Connection(asyncio.Protocol):
                 future.set_result(None)
         waiting.clear()
 
-    def close(self) -> None:
+    def close(self, code: int = _NO_ERROR) -> None:
+        """Tell the client up to which stream its calls were seen, and why; what was written is still sent."""
+        self.write(_frame(_GOAWAY, 0, 0, struct.pack(">II", self._last_id, code)))
         self._transport.close()
 
 

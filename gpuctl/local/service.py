@@ -53,7 +53,7 @@ def rpc_names(base: type) -> list[str]:
 
 
 class Route:
-    """One RPC: it authenticates each call, then hands it to the handler or refuses it."""
+    """One RPC: a call is admitted, or refused, then it goes to the handler."""
 
     def __init__(
         self, name: str, endpoint: Endpoint | None, request_type: Any, authenticate: Authenticate
@@ -67,14 +67,19 @@ class Route:
             f": that is {what}" if what else ""
         )
 
-    def begin(self, metadata: Mapping[str, Any], request: bytes) -> Any:
-        """The answer; or an awaitable of it; or, for an RPC that streams, an async generator of answers."""
+    def admit(self, metadata: Mapping[str, Any]) -> Call:
+        """Who calls, by the headers alone. Raises what the client is told where that is not to be."""
         call = self._authenticate(metadata)
         if call.restricted and self.name not in _OF_THE_RUNTIME:
             raise forbidden(f"{self.name}: this container's function has restrict_modal_access=True")
         if self._handler is None:
             log.info("refused: %s is not implemented", self.name)
             raise unimplemented(self._refusal)
+        return call
+
+    def begin(self, call: Call, request: bytes) -> Any:
+        """The answer; or an awaitable of it; or, for an RPC that streams, an async generator of answers."""
+        assert self._handler is not None  # it was admitted
         return self._handler(self._parse(request), call)
 
     def refusal(self, error: Exception) -> GRPCError:
