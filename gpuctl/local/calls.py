@@ -34,9 +34,14 @@ log = logging.getLogger(__name__)
 
 _MOST_OUTSTANDING = 1000  # inputs of one map that the client sends ahead of their outputs
 _MOST_OUTPUTS, _MOST_OUTPUT_BYTES = 1000, 8 << 20  # in one answer
+_MOST_IN_GRAPH = 1000  # inputs of one call
 _GATHER_SECONDS = 0.05  # outputs of a map that come in quick succession are answered together
 _STREAM_SECONDS = 55.0
 _PRUNE_SECONDS = 60.0
+_AWAITED = (  # by the caller: of `.remote` and `.map`, and of `.remote_gen`
+    api_pb2.FUNCTION_CALL_INVOCATION_TYPE_SYNC,
+    api_pb2.FUNCTION_CALL_INVOCATION_TYPE_SYNC_LEGACY,
+)
 _LIVE = (api_pb2.APP_STATE_DEPLOYED, api_pb2.APP_STATE_EPHEMERAL, api_pb2.APP_STATE_DETACHED)
 
 _CATEGORIES: dict[int, str] = {
@@ -372,10 +377,10 @@ class Calls:
             return
         for item in pool.inputs.cancel(row.id, "Input was cancelled by user", terminate=terminate):
             for child in self._ledger.children(item.id):
-                if child.invocation == api_pb2.FUNCTION_CALL_INVOCATION_TYPE_SYNC:
+                if child.invocation in _AWAITED:
                     self._cancel(child, terminate=terminate)
 
-    @rpc("FunctionGetCallGraph", differs="at most 1000 inputs of each call")
+    @rpc("FunctionGetCallGraph", differs=f"at most {_MOST_IN_GRAPH} inputs of each call")
     async def graph(self, request: Any, _call: Call) -> Any:
         row = self._require(request.function_call_id)
         while row.parent_input_id:
@@ -384,22 +389,22 @@ class Calls:
                 break
             row = parent
         answer = api_pb2.FunctionGetCallGraphResponse()
-        self._add_to_graph(answer, row)
+        calls = [row]
+        for row in calls:
+            definition = self._functions.data(self._functions.definition_of(row.function_id))
+            answer.function_calls.add(
+                function_call_id=row.id,
+                parent_input_id=row.parent_input_id,
+                function_name=definition.function_name,
+                module_name=definition.module_name,
+            )
+            statuses = self._ledger.statuses(row, _MOST_IN_GRAPH)
+            answer.truncated = answer.truncated or len(statuses) < row.total
+            for idx, status, task_id in statuses:
+                one = input_id(row.id, idx)
+                answer.inputs.add(input_id=one, function_call_id=row.id, task_id=task_id, status=status)
+                calls += self._ledger.children(one)
         return answer
-
-    def _add_to_graph(self, answer: Any, row: CallRow) -> None:
-        definition = self._functions.data(self._functions.definition_of(row.function_id))
-        answer.function_calls.add(
-            function_call_id=row.id,
-            parent_input_id=row.parent_input_id,
-            function_name=definition.function_name,
-            module_name=definition.module_name,
-        )
-        for idx, status, task_id in self._ledger.statuses(row):
-            one = input_id(row.id, idx)
-            answer.inputs.add(input_id=one, function_call_id=row.id, task_id=task_id, status=status)
-            for child in self._ledger.children(one):
-                self._add_to_graph(answer, child)
 
     @rpc("FunctionGetCurrentStats")
     async def stats(self, request: Any, _call: Call) -> Any:

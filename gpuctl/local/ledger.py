@@ -374,11 +374,12 @@ class Ledger:
         )
         return [Output(row[0], row[1]) for row in rows]
 
-    def statuses(self, call: CallRow) -> list[tuple[int, int, str]]:
-        """(index, status or 0, task id) of every input."""
+    def statuses(self, call: CallRow, limit: int) -> list[tuple[int, int, str]]:
+        """(index, status or 0, task id) of its inputs, of the first `limit` at most."""
         self.flush()
         rows = self._db.execute(
-            "SELECT idx, status, task_id FROM call_inputs WHERE call = ? ORDER BY idx LIMIT 1000", [call.num]
+            "SELECT idx, status, task_id FROM call_inputs WHERE call = ? ORDER BY idx LIMIT ?",
+            [call.num, limit],
         )
         return [(row[0], row[1], row[2]) for row in rows]
 

@@ -215,6 +215,10 @@ def test_handles_of_calls(deployed: TestPlane) -> None:
         else:
             raise AssertionError("it cannot have ended")
         sleeps.remote(name, 0)
+        outer = function("consumes").spawn(name + "-gen")
+        while not function("read_mark").remote(name + "-gen-began"):
+            time.sleep(0.05)
+        outer.cancel()
         graph = function("sum_of_squares").spawn(3)
         assert graph.get() == 5
         (top,) = graph.get_call_graph()
@@ -224,6 +228,9 @@ def test_handles_of_calls(deployed: TestPlane) -> None:
     script(deployed, code, name=name)
     assert marks(deployed, f"{name}-began") == 2
     assert marks(deployed, f"{name}-ended") == 1
+    # What was cancelled waited for a generator, which ends with it.
+    eventually(lambda: marks(deployed, f"{name}-gen-left"), seconds=60)
+    assert marks(deployed, f"{name}-gen-ended") == 0
     # The container of the cancelled one was free again, and did the next.
     (mark,) = deployed.state_dir.glob(f"volumes/*/{name}-in-*")
     assert len(mark.read_text()) == 2

@@ -157,6 +157,20 @@ def waits(name: str):
 
 
 @app.function(volumes={"/marks": marks})
+def yields_and_waits(name: str):
+    yield 1
+    try:
+        waits.local(name)
+    finally:
+        count(f"{name}-left")
+
+
+@app.function()
+def consumes(name: str):
+    return list(yields_and_waits.remote_gen(name))
+
+
+@app.function(volumes={"/marks": marks})
 def read_mark(name):
     path = Path("/marks", name)
     return len(path.read_text()) if path.exists() else 0
