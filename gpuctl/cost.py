@@ -228,6 +228,18 @@ def cost_of(spec: ServeSpec, choices: Sequence[GpuChoice], rates: Rates) -> Cost
     )
 
 
+def without_gpu(
+    cpu: Amount | None, memory: Amount | None, disk_mib: int | None, region: Sequence[str], rates: Rates
+) -> Decimal:
+    """USD for an hour of a container that has no GPU, CPU and memory at their limits where they have some."""
+    reserved = _reserved(cpu, memory, disk_mib)
+    cores = reserved.cores if reserved.most_cores is None else reserved.most_cores
+    gib = reserved.gib if reserved.most_gib is None else reserved.most_gib
+    return (rates.cpu_core.usd_per_hour * cores + rates.memory_gib.usd_per_hour * gib) * region_multiplier(
+        region
+    )
+
+
 def region_multiplier(region: Sequence[str]) -> Decimal:
     """What a choice of regions multiplies the price by: "us" is broad, "us-west" narrow, the smaller one counts."""
     multipliers = pricing().region

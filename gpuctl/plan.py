@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 # What says how to show or to ask, not what to make: the same file comes of a command with and without them.
 _ONLY_TALK = {
-    "--dry-run", "--json", "--quiet", "-q", "--verbose", "-v", "--yes", "-y", "--wait", "--no-wait",
+    "--dry-run", "--json", "--quiet", "-q", "--verbose", "-v", "--yes", "-y", "--wait", "--no-wait", "--detach",
+    "--events", "--overwrite",
 }  # fmt: skip
 _ONLY_TALK_WITH_VALUE = {"--render"}
 
@@ -226,6 +227,6 @@ def _on_modal(spec: ServeSpec, cpu: catalog.Build, cuda: catalog.Build) -> Itera
         yield f"{spec.gpu} with the model split over the container's GPUs"
     if not gives(spec.engine_args, GPU_MEMORY_UTILIZATION):
         yield f"of whose memory the engine takes {cuda.gpu_memory_utilization:.0%}"
-    there = [*engine_args(spec, cuda), *spec.engine_args, *cuda.env]
-    only_here = [word for word in (*engine_args(spec, cpu), *cpu.env) if word not in there]
+    there = [*engine_args(spec.model, cuda), *spec.engine_args, *cuda.env]
+    only_here = [word for word in (*engine_args(spec.model, cpu), *cpu.env) if word not in there]
     yield f"without the settings for a CPU ({', '.join(only_here)})"

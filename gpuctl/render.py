@@ -11,7 +11,7 @@ import contextlib
 import functools
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gpuctl import __version__, paths
 from gpuctl.errors import GpuctlError
@@ -20,11 +20,14 @@ from gpuctl.specs.resources import CACHES, Amount
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import jinja2
 
     from gpuctl import catalog
+    from gpuctl.specs.batch import BatchSpec
+    from gpuctl.specs.gpu import GpuRequest
+    from gpuctl.specs.model import ModelRef
     from gpuctl.specs.serve import ServeSpec
 
 _WIDTH = 88  # ruff's default
@@ -36,63 +39,105 @@ class Code(str):
     __slots__ = ()
 
 
+class Engine(Protocol):
+    """What a spec says of the engine and its image, whichever verb it is of."""
+
+    @property
+    def model(self) -> ModelRef | None: ...
+    @property
+    def engine_build(self) -> catalog.Build: ...
+    @property
+    def vllm_version(self) -> str: ...
+    @property
+    def gpu(self) -> GpuRequest | None: ...
+    @property
+    def pipeline_parallel(self) -> int: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+    @property
+    def engine_args(self) -> tuple[str, ...]: ...
+    @property
+    def env_vars(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def target(self) -> Target: ...
+
+
 def render_serve(spec: ServeSpec, *, argv: Sequence[str], head: Sequence[str] = ()) -> str:
     """The module that serves `spec`, headed by the command `argv` (without the program's name) and what was decided."""
-    build = spec.engine_build
-    tiny = spec.model.repo is None
-    local = spec.target is Target.LOCAL
     context = {
+        **engine_context(spec, spec.model),
+        **resources_context(spec),
         "header": header(argv, head),
-        "tiny": tiny,
         "name": spec.name,
-        "model": spec.model.title,
-        "pinned": spec.model.pinned,
-        "revision": spec.model.revision or "main",
-        "served_names": spec.model.served_names,
-        "vllm_version": spec.vllm_version,
-        "gpus": [str(choice) for choice in spec.gpu.choices] if spec.gpu else [],
-        "tensor_parallel": 1 if local or spec.gpu is None else tensor_parallel(spec),
-        "pipeline_parallel": spec.pipeline_parallel,
-        "gpu_memory_utilization": None
-        if gives(spec.engine_args, GPU_MEMORY_UTILIZATION)
-        else build.gpu_memory_utilization,
-        "max_model_len": spec.max_model_len,
-        "engine_args": [*engine_args(spec, build), *spec.engine_args],
         "concurrency": spec.concurrency,
         "startup_timeout": spec.startup_timeout,
-        "tags": spec.tags,
-        "build": build,
-        "remove_command": f"python -m pip uninstall -y {' '.join(build.remove)}",
-        "apt": spec.apt,
-        "pip": spec.pip,
-        "env": [*build.env.items(), *(_TINY_ENV if tiny else {}).items(), *spec.env_vars],
-        "secrets": spec.secrets,
-        "secrets_from_env": spec.secrets_from_env,
-        "volumes": [*CACHES, *((mount.name, mount.path) for mount in spec.volumes)],
-        "cpu": spec.cpu,
-        "memory": spec.memory,
-        "ephemeral_disk": spec.ephemeral_disk,
         "min_containers": spec.min_containers,
         "max_containers": spec.max_containers,
         "buffer_containers": spec.buffer_containers,
         "scaledown": spec.scaledown,
         "routing_region": spec.routing_region,
-        "region": spec.region,
-        "cloud": spec.cloud,
         "auth": spec.auth,
     }
-    return _environment().get_template("serve/vllm.py.jinja").render(context)
+    return rendered("serve/vllm.py.jinja", context)
 
 
-def tensor_parallel(spec: ServeSpec) -> int | None:
+def engine_context(spec: Engine, model: ModelRef) -> dict[str, Any]:
+    """The values of the templates that start vLLM with `model`, and of its image."""
+    build = spec.engine_build
+    tiny = model.repo is None
+    return {
+        "tiny": tiny,
+        "model": model.title,
+        "pinned": model.pinned,
+        "revision": model.revision or "main",
+        "served_names": model.served_names,
+        "vllm_version": spec.vllm_version,
+        "tensor_parallel": 1 if spec.target is Target.LOCAL or spec.gpu is None else tensor_parallel(spec),
+        "pipeline_parallel": spec.pipeline_parallel,
+        "gpu_memory_utilization": None
+        if gives(spec.engine_args, GPU_MEMORY_UTILIZATION)
+        else build.gpu_memory_utilization,
+        "max_model_len": spec.max_model_len,
+        "engine_args": [*engine_args(model, build), *spec.engine_args],
+        "build": build,
+        "remove_command": f"python -m pip uninstall -y {' '.join(build.remove)}",
+        "env": [*build.env.items(), *(_TINY_ENV if tiny else {}).items(), *spec.env_vars],
+    }
+
+
+def resources_context(spec: ServeSpec | BatchSpec) -> dict[str, Any]:
+    """The values of the templates that say what a container is given."""
+    caches = () if spec.model is None else CACHES
+    return {
+        "gpus": [str(choice) for choice in spec.gpu.choices] if spec.gpu else [],
+        "tags": spec.tags,
+        "apt": spec.apt,
+        "pip": spec.pip,
+        "secrets": spec.secrets,
+        "secrets_from_env": spec.secrets_from_env,
+        "volumes": [*caches, *((mount.name, mount.path) for mount in spec.volumes)],
+        "cpu": spec.cpu,
+        "memory": spec.memory,
+        "ephemeral_disk": spec.ephemeral_disk,
+        "region": spec.region,
+        "cloud": spec.cloud,
+    }
+
+
+def rendered(template: str, context: Mapping[str, Any]) -> str:
+    """A template with its values, each of which stands there as a Python literal unless it is `Code`."""
+    return _environment().get_template(template).render(context)
+
+
+def tensor_parallel(spec: Engine) -> int | None:
     """How many GPUs each layer is split over; None: only the container knows how many it has."""
     count = None if spec.gpu is None else spec.gpu.tensor_parallel
     return None if count is None else count // spec.pipeline_parallel
 
 
-def engine_args(spec: ServeSpec, build: catalog.Build) -> list[str]:
+def engine_args(model: ModelRef, build: catalog.Build) -> list[str]:
     """The arguments that gpuctl gives the engine of itself, with this build."""
-    return list(dict.fromkeys([*build.args, *(_TINY_ARGS if spec.model.repo is None else ())]))
+    return list(dict.fromkeys([*build.args, *(_TINY_ARGS if model.repo is None else ())]))
 
 
 _TINY_ARGS = ("--load-format", "dummy", "--enforce-eager")

@@ -95,13 +95,15 @@ class _Case:
         )
 
 
-def settle(spec: ServeSpec, found: Found, rates: Rates, *, argv: Sequence[str]) -> Settled:
+def settle(
+    spec: ServeSpec, found: Found, rates: Rates, *, argv: Sequence[str], chats: bool = True
+) -> Settled:
     """Decide GPUs and context. A usage error where nothing can be decided, or where a GPU that was named does not do.
 
-    `argv` is the command, from which the one that would work is made.
+    `argv` is the command, from which the one that would work is made. `chats`: whether the model must.
     """
     case = _case(spec, found, rates, argv)
-    if case.facts.kind not in catalog.CHATS and not spec.force:
+    if chats and case.facts.kind not in catalog.CHATS and not spec.force:
         raise usage_error(
             not_for_chat(case.facts.name, case.facts.kind),
             hint=f"that is what {case.facts.source} says; if it does chat, give --force",

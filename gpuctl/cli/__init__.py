@@ -38,6 +38,7 @@ class Verb:
 
 VERBS = (
     Verb("serve", "gpuctl.cli.serve", "serve", "Deploy a model on a GPU, and wait until it answers."),
+    Verb("batch", "gpuctl.cli.batch", "app", "Answer the rows of a file: a bulk job that loses nothing."),
     Verb("fit", "gpuctl.cli.fit", "fit", "Tell on which GPUs a model fits, and which to take."),
     Verb("models", "gpuctl.cli.models", "models", "List the aliases of models, or what is known of one."),
     Verb("gpus", "gpuctl.cli.gpus", "gpus", "List the GPUs, with what they can do and what they cost."),

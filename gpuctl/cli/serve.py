@@ -247,7 +247,7 @@ def serve(
     if dry_run or render:
         plan = plan_serve(spec, known, argv=argv, rates=_rates(spec.target))
         if render:
-            _write(render, plan.source)
+            write_source(render, plan.source)
         plan.tell(console)
         if dry_run:
             sys.stdout.write(plan.source)
@@ -295,7 +295,7 @@ def _rates(target: Target, *, runner: Runner | None = None, console: Console | N
     return rates(target, runner=runner, console=console)
 
 
-def _write(path: Path, source: str) -> None:
+def write_source(path: Path, source: str) -> None:
     """Replace the file whole, or leave it and its folder as they are."""
     import tempfile
 

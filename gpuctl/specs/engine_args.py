@@ -185,3 +185,9 @@ def _meant(arg: str, flags: list[str]) -> str | None:
     # A beginning of several flags is ambiguous, and vLLM refuses it; the shortest that is not: "--ho".
     beginnings = [flag for flag in flags if flag.startswith(name)]
     return beginnings[0] if beginnings and len(name) > 3 else None
+
+
+def stages(args: Sequence[str]) -> int:
+    """Stages that the model's layers are dealt out to (pipeline parallelism); 1 where the arguments do not say."""
+    text = memory_args(args).pipeline_parallel
+    return int(text) if text is not None and text.isdecimal() and int(text) > 0 else 1

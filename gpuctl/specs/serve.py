@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gpuctl import catalog
 from gpuctl.errors import usage_error
 from gpuctl.specs import names
-from gpuctl.specs.engine_args import check_engine_args, memory_args
+from gpuctl.specs.engine_args import check_engine_args, stages
 from gpuctl.specs.gpu import AUTO, GpuRequest
 from gpuctl.specs.model import ModelRef
 from gpuctl.specs.resources import (
@@ -231,8 +231,7 @@ class ServeSpec:
     @property
     def pipeline_parallel(self) -> int:
         """Stages that the model's layers are dealt out to, as the engine's arguments say."""
-        text = memory_args(self.engine_args).pipeline_parallel
-        return int(text) if text is not None and text.isdecimal() and int(text) > 0 else 1
+        return stages(self.engine_args)
 
     @property
     def engine_build(self) -> catalog.Build:

@@ -1,0 +1,151 @@
+"""Follow a job that runs until it ends, and show how far it is. May import: batch.remote, errors, times.
+
+The driver says how far it is every other second, as a line of the App's logs; what it last said is in the Volume too,
+and is asked for where the logs are silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.errors import GpuctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from gpuctl.batch.remote import Remote
+    from gpuctl.cli.console import Console
+
+RUNNING = "running"
+_SILENT = 10.0  # seconds without a word after which the Volume is asked
+_LOST = 90.0  # seconds without a word from the driver, anywhere, after which it is taken for dead
+_WINDOW = 60.0  # seconds over which the rate of now is taken
+_PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def follow(
+    remote: Remote,
+    run: str | None,
+    *,
+    console: Console,
+    on_event: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """The status in which the run ended: `done`, `stopped` or `failed`. `run`: None: whichever runs."""
+    events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    shown = Progress(console)
+    heard = asked = time.monotonic()
+    follower = remote.follow(events.put)
+    try:
+        with console.spinner("starting …"):
+            while True:
+                status = _next(events)
+                now = time.monotonic()
+                if status is None and now - max(heard, asked) > _SILENT:
+                    asked = now
+                    status = remote.read_json("status.json")
+                    if (
+                        status is not None
+                        and time.time() - status["time"] > _SILENT
+                        and status["state"] == RUNNING
+                    ):
+                        status = None  # old: nobody says anything
+                if status is None:
+                    if now - heard > _LOST:
+                        raise GpuctlError(
+                            f"job {remote.job} says nothing any more",
+                            hint="what it has done is kept; `gpuctl batch resume` goes on from there, and "
+                            "`gpuctl batch logs` tells what happened",
+                        )
+                    shown.tick()
+                    continue
+                if run is not None and status["run"] != run:
+                    continue
+                heard = now
+                if on_event is not None:
+                    on_event(status)
+                shown.update(status)
+                if status["state"] != RUNNING:
+                    return status
+    finally:
+        follower.cancel()
+
+
+def alive(status: Mapping[str, Any]) -> bool:
+    """Whether the driver that last said this may still be there: it speaks every other second."""
+    return time.time() - float(status["time"]) < _LOST
+
+
+def _next(events: queue.SimpleQueue[dict[str, Any]]) -> dict[str, Any] | None:
+    with contextlib.suppress(queue.Empty):
+        return events.get(timeout=0.5)
+    return None
+
+
+class Progress:
+    """How far a job is, in one line: redrawn on a terminal, else one every ten seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._history: deque[tuple[float, int, int, int]] = deque()
+        self._text = "starting …"
+        self._said = 0.0
+
+    def update(self, status: Mapping[str, Any]) -> None:
+        ended = status["done"] + status["failed"]
+        self._history.append((status["time"], ended, status["tokens_in"], status["tokens_out"]))
+        while len(self._history) > 2 and self._history[0][0] < status["time"] - _WINDOW:
+            self._history.popleft()
+        self._text = self._line(status, ended)
+        if self._console.live:
+            self._console.progress(self._text)
+        elif time.monotonic() - self._said > _PLAIN_EVERY or status["state"] != RUNNING:
+            self._said = time.monotonic()
+            self._console.say(self._text)
+
+    def tick(self) -> None:
+        if self._console.live:
+            self._console.progress(self._text)
+
+    def _line(self, status: Mapping[str, Any], ended: int) -> str:
+        rows = status["rows"]
+        parts = [f"{_bar(ended, rows)}{ended:,} of {rows:,} rows"]
+        if status["failed"]:
+            parts.append(f"{status['failed']:,} failed")
+        first, last = self._history[0], self._history[-1]
+        seconds = last[0] - first[0]
+        if seconds > 0 and last[1] > first[1]:
+            rate = (last[1] - first[1]) / seconds
+            parts.append(f"{rate:,.0f} rows/s" if rate >= 10 else f"{rate:.2g} rows/s")
+            if last[2] > first[2]:
+                parts.append(
+                    f"{(last[2] - first[2]) / seconds:,.0f} tok/s in, {(last[3] - first[3]) / seconds:,.0f} out"
+                )
+            if ended < rows:
+                parts.append(f"{duration((rows - ended) / rate)} left")
+        up = status["containers"]
+        parts.append(f"{up} container{'' if up == 1 else 's'}" if up else "waiting for a container")
+        if status["usd"] is not None:
+            parts.append(f"${status['usd']:.2f}")
+        return ", ".join(parts)
+
+
+def _bar(ended: int, rows: int, width: int = 20) -> str:
+    full = round(width * ended / rows) if rows else width
+    return "█" * full + "░" * (width - full) + " "
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: 45 s, 12 min, 3 h 20 min, 4 days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{hours / 24:.1f} days"

@@ -1,0 +1,95 @@
+"""Jobs that were started: what is known of each on this machine. May import: errors, files, paths, target.
+
+`STATE/batch/TARGET/ENVIRONMENT/JOB/` has `job.json`, of which the job's Volume has a copy, and `job.py`, the file that
+was deployed. A job of another machine has neither, and is known by its Volume alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.files import write_private
+from gpuctl.paths import state_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from gpuctl.target import Target
+
+FILE_NAME = "job.py"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job is to do. Holds no credential. Times are ISO 8601 in UTC."""
+
+    name: str
+    work: str  # the model's repository, or the user's function
+    url: str
+    rows: int
+    bad: int  # rows of the input that can have no answer
+    shards: int
+    digest: str  # sha256 of the rows
+    inputs: tuple[str, ...]  # as they were typed
+    output: str
+    errors: str | None
+    format: str
+    columns: tuple[str, ...]  # of the input, where the output repeats them
+    gpu: str | None
+    argv: tuple[str, ...]
+    created_at: str
+    gpuctl_version: str
+    schema: int = SCHEMA
+
+    def document(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Job | None:
+        """The inverse of `document`; fields that a later gpuctl added are passed over. None: it is no job's."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {key: value for key, value in document.items() if key in known}
+        try:
+            values["inputs"] = tuple(values["inputs"])
+            values["columns"] = tuple(values["columns"])
+            values["argv"] = tuple(values["argv"])
+            return cls(**values)
+        except (KeyError, TypeError):
+            return None
+
+
+def folder_of(target: Target, environment: str, job: str) -> Path:
+    return state_dir() / "batch" / target.value / environment / job
+
+
+def save(target: Target, environment: str, job: Job, source: str) -> Path:
+    """Keep a job, and the file that is to be deployed; where that is."""
+    folder = folder_of(target, environment, job.name)
+    write_private(folder / FILE_NAME, source)
+    write_private(folder / "job.json", json.dumps(job.document(), indent=2))
+    return folder / FILE_NAME
+
+
+def get(target: Target, environment: str, name: str) -> Job | None:
+    with contextlib.suppress(OSError, ValueError):
+        text = (folder_of(target, environment, name) / "job.json").read_text(encoding="utf-8")
+        return Job.from_document(json.loads(text))
+    return None
+
+
+def known(target: Target, environment: str) -> Iterator[Job]:
+    """The jobs of this machine, newest first."""
+    root = state_dir() / "batch" / target.value / environment
+    jobs = [get(target, environment, folder.name) for folder in root.iterdir()] if root.is_dir() else []
+    yield from sorted((job for job in jobs if job), key=lambda job: job.created_at, reverse=True)
+
+
+def forget(target: Target, environment: str, name: str) -> None:
+    shutil.rmtree(folder_of(target, environment, name), ignore_errors=True)

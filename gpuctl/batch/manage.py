@@ -1,0 +1,232 @@
+"""What there is to do with a job that was started, from any machine. May import: all of `batch`, and what `run` may."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.batch import jobs
+from gpuctl.batch.follow import RUNNING, alive, duration
+from gpuctl.batch.jobs import Job
+from gpuctl.batch.remote import Remote
+from gpuctl.batch.run import destination_of, fetch, resume
+from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.reach import environment_name, reach
+from gpuctl.specs.batch import PREFIX
+from gpuctl.target import Target
+from gpuctl.times import age
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from gpuctl.batch.run import Summary
+    from gpuctl.cli.console import Console
+    from gpuctl.modal_cli import Runner
+
+
+def remote_of(
+    name: str, target: Target, environment: str | None, *, runner: Runner, console: Console
+) -> Remote:
+    return Remote(name.removeprefix(PREFIX), reach(target), environment, runner, console)
+
+
+def job_of(remote: Remote) -> Job:
+    """The job, from its Volume; a usage error that names the jobs that there are."""
+    document = remote.read_json("job.json")
+    job = None if document is None else Job.from_document(document)
+    if job is not None:
+        return job
+    names = [there.job for there in _names(remote)]
+    there = f"there are: {', '.join(names)}" if names else "there are none"
+    raise usage_error(f"JOB: there is no job {remote.job!r}; {there}")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A job and how far it is. `status`: None: it never ran."""
+
+    name: str
+    job: Job | None
+    status: Mapping[str, Any] | None
+
+    @property
+    def state(self) -> str:
+        """`done`, `stopped`, `failed`, `running`; `lost`: its driver died; `uploaded`: it never ran."""
+        if self.status is None:
+            return "uploaded" if self.job else "incomplete"
+        if self.status["state"] == RUNNING and not alive(self.status):
+            return "lost"
+        return str(self.status["state"])
+
+    def document(self) -> dict[str, Any]:
+        kept = {} if self.status is None else {k: v for k, v in self.status.items() if k != "containers_up"}
+        return {
+            "job": self.name,
+            **kept,
+            "state": self.state,
+            "work": self.job.work if self.job else None,
+            "rows": self.job.rows if self.job else None,
+            "inputs": list(self.job.inputs) if self.job else None,
+            "output": self.job.output if self.job else None,
+            "created_at": self.job.created_at if self.job else None,
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        status = self.status or {"done": 0, "failed": 0, "usd": None}
+        return (
+            self.name,
+            self.state,
+            f"{status['done']:,}",
+            f"{status['failed']:,}",
+            f"{self.job.rows:,}" if self.job else "",
+            self.job.work if self.job else "",
+            "" if status["usd"] is None else f"${status['usd']:.2f}",
+            age(self.job.created_at) if self.job else "",
+        )
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        yield f"{self.name}: {self.state}"
+        if self.job is not None:
+            yield f"  {self.job.work} on {', '.join(self.job.inputs)}, into {self.job.output}"
+        status = self.status
+        if status is None:
+            return
+        yield f"  {status['done']:,} rows answered, {status['failed']:,} failed, of {status['rows']:,}"
+        if status["tokens_in"]:
+            yield f"  {status['tokens_in']:,} tokens in, {status['tokens_out']:,} out"
+        spent = "" if status["usd"] is None else f", ${status['usd']:.2f}"
+        yield f"  {duration(status['container_seconds'])} of containers{spent}; {status['containers']} up"
+        if status["problem"]:
+            yield f"  {status['problem']}"
+
+
+def status_of(remote: Remote) -> Standing:
+    job = job_of(remote)
+    return Standing(job.name, job, remote.read_json("status.json"))
+
+
+def listed(target: Target, environment: str | None, *, runner: Runner, console: Console) -> list[Standing]:
+    """All jobs of the Environment: newest first, those of other machines last."""
+    known = {job.name: job for job in jobs.known(target, environment_name(target, environment))}
+    there = _names(remote_of("", target, environment, runner=runner, console=console))
+    order = list(known)
+    there.sort(key=lambda remote: order.index(remote.job) if remote.job in known else len(order))
+
+    def standing(remote: Remote) -> Standing:
+        job = known.get(remote.job)
+        document = None if job else remote.read_json("job.json")
+        if document is not None:
+            job = Job.from_document(document)
+        return Standing(remote.job, job, remote.read_json("status.json"))
+
+    with ThreadPoolExecutor(8) as pool:  # each is a process that waits for an answer
+        return list(pool.map(standing, there))
+
+
+def _names(any_remote: Remote) -> list[Remote]:
+    """Every job that has a Volume."""
+    done = any_remote.run("volume", "list", "--json")
+    if done.returncode != 0:
+        raise any_remote.failed("the Volumes cannot be listed", done)
+    rows = json.loads(done.stdout)
+    names = [str(row.get("name") or row.get("Name") or "") for row in rows]
+    return [
+        dataclasses.replace(any_remote, job=name.removeprefix(PREFIX))
+        for name in names
+        if name.startswith(PREFIX)
+    ]
+
+
+def with_output(job: Job, output: str | None, *, overwrite: bool) -> Job:
+    """The job with another output, which must not exist yet."""
+    if output is not None:
+        job = dataclasses.replace(job, output=output, errors=None)
+    destination_of(job).check(overwrite=overwrite)
+    return job
+
+
+def fetch_of(remote: Remote, output: str | None, *, overwrite: bool, partial: bool) -> Summary:
+    """The answers of a job that has ended; with `partial` those of the shards that have."""
+    job = with_output(job_of(remote), output, overwrite=overwrite)
+    status = remote.read_json("status.json")
+    state = Standing(job.name, job, status).state
+    if status is None or (state != "done" and not partial):
+        raise GpuctlError(
+            f"job {job.name} is not done ({state})",
+            hint=f"`{remote.command('wait')}` waits for it, --partial fetches what there is",
+        )
+    return fetch(remote, job, status, console=remote.console)
+
+
+def cancel_job(remote: Remote, *, now: bool) -> None:
+    """Ask the driver to end, and wait until it has; `now`: stop the App."""
+    job = job_of(remote)
+    state = Standing(job.name, job, remote.read_json("status.json")).state
+    if state in ("done", "stopped", "failed"):
+        remote.console.note(f"job {job.name} has ended already ({state})")
+        remote.stop()
+        return
+    if not now and state == RUNNING:
+        with tempfile.TemporaryDirectory(prefix="gpuctl-") as folder:
+            word = Path(folder) / "stop"
+            word.write_text("cancelled\n", encoding="utf-8")
+            remote.put(word, "/control/stop")
+        with remote.console.spinner("ending: rows that are being answered are waited for …"):
+            while Standing(job.name, job, remote.read_json("status.json")).state == RUNNING:
+                time.sleep(1)
+    remote.stop()
+    remote.console.done(f"job {job.name} is stopped; `{remote.command('resume')}` goes on")
+
+
+def resume_job(remote: Remote, *, yes: bool) -> tuple[Job, str | None]:
+    """Go on with a job; the run to follow, None where there is nothing left to do."""
+    job = job_of(remote)
+    status = remote.read_json("status.json")
+    state = Standing(job.name, job, status).state
+    if state == "done":
+        remote.console.note(f"job {job.name} is done: there is nothing to go on with")
+        return job, None
+    if state == RUNNING and status is not None:
+        remote.console.note(f"job {job.name} runs already")
+        return job, str(status["run"])
+    environment = environment_name(remote.env.target, remote.environment)
+    file = jobs.folder_of(remote.env.target, environment, job.name) / jobs.FILE_NAME
+    if not file.exists():
+        raise GpuctlError(
+            f"job {job.name} was started on another machine, and its file is there",
+            hint="the command that started it goes on with it, on any machine that has its input",
+        )
+    if (
+        not yes
+        and remote.env.target is Target.MODAL
+        and not remote.console.confirm(
+            f"Go on with job '{job.name}'?",
+            refused="--yes: needed to go on with a job when there is no terminal to ask on",
+        )
+    ):
+        raise GpuctlError("not resumed")
+    return job, resume(remote, file)
+
+
+def remove_job(remote: Remote, *, yes: bool) -> None:
+    """Stop a job and delete all of it but what was fetched."""
+    name = remote.job
+    job = jobs.get(
+        remote.env.target, environment_name(remote.env.target, remote.environment), name
+    ) or job_of(remote)
+    if not yes and not remote.console.confirm(
+        f"Delete job '{job.name}', its {job.rows:,} rows and their answers?",
+        refused="--yes: needed to delete a job when there is no terminal to ask on",
+    ):
+        raise GpuctlError("not deleted")
+    remote.stop()
+    remote.delete()
+    jobs.forget(remote.env.target, environment_name(remote.env.target, remote.environment), name)
+    remote.console.done(f"job {name} is deleted")

@@ -1,0 +1,132 @@
+"""Decide what a job runs on, and what that costs: pure. May import: configs (values), cost, prices, specs, verdicts.
+
+A job's model is judged as an endpoint of the same engine would be: the arithmetic does not know who asks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.cost import cost_of, usd, without_gpu
+from gpuctl.specs.serve import DEFAULT_CONCURRENCY, ServeSpec
+from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from decimal import Decimal
+
+    from gpuctl.configs import Found
+    from gpuctl.fit.values import Candidate
+    from gpuctl.prices import Rates
+    from gpuctl.specs.batch import BatchSpec
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A request whose GPUs and context are decided, and what to say of it before it starts.
+
+    `usd_per_hour` is of one container, at most; None where nothing is charged. `head` stands in the file.
+    """
+
+    spec: BatchSpec
+    usd_per_hour: Decimal | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def usd_per_second(self) -> float | None:
+        return None if self.usd_per_hour is None else float(self.usd_per_hour / 3600)
+
+    def document(self) -> dict[str, Any] | None:
+        """`cost` in `batch --json`."""
+        if self.usd_per_hour is None:
+            return None
+        return {
+            "usd_per_hour": float(round(self.usd_per_hour, 6)),
+            "usd_per_hour_max": float(round(self.usd_per_hour * self.spec.max_containers, 6)),
+            "max_usd": None if self.spec.max_cost is None else float(self.spec.max_cost),
+        }
+
+
+def decide(spec: BatchSpec, found: Found | None, rates: Rates, *, argv: Sequence[str]) -> Decided:
+    """`found`: what is known of the model; None for a function. A usage error where the model does not fit."""
+    decided = Decided(spec)
+    if spec.model is not None and found is not None:
+        decided = _judged(spec, found, rates, argv)
+    spec = decided.spec
+    if spec.target is Target.LOCAL:
+        return decided
+    if spec.gpu is not None:
+        cost = cost_of(_endpoint(spec), spec.gpu.choices, rates)
+        each, warnings = cost.dearest.most_usd, tuple(cost.warnings())
+    else:
+        each, warnings = without_gpu(spec.cpu, spec.memory, spec.ephemeral_disk, spec.region, rates), ()
+    most = f"{spec.max_containers} containers" if spec.max_containers > 1 else "one container"
+    cap = "" if spec.max_cost is None else f"; the job stops at {usd(spec.max_cost)}"
+    said = f"cost: {usd(each)} an hour for each container while it runs, {usd(each * spec.max_containers)} for {most}"
+    return dataclasses.replace(
+        decided,
+        usd_per_hour=each,
+        notes=(*decided.notes, said + cap, f"prices: {rates.said()}"),
+        warnings=(*decided.warnings, *warnings),
+    )
+
+
+def _judged(spec: BatchSpec, found: Found, rates: Rates, argv: Sequence[str]) -> Decided:
+    from gpuctl.verdicts import settle
+
+    settled = settle(_endpoint(spec), found, rates, argv=argv, chats=False)
+    return Decided(
+        dataclasses.replace(spec, gpu=settled.spec.gpu, max_model_len=settled.spec.max_model_len),
+        notes=(*found.notes, *settled.notes),
+        warnings=settled.warnings,
+        head=settled.head,
+        candidates=settled.candidates,
+    )
+
+
+def _endpoint(spec: BatchSpec) -> ServeSpec:
+    """The endpoint that would be judged, and charged, as the job's containers are."""
+    from gpuctl.specs.model import TINY, ModelRef
+
+    return ServeSpec(
+        name="job",
+        model=spec.model or ModelRef(TINY, None),
+        gpu=spec.gpu,
+        auto=spec.auto,
+        drop_unfit=False,
+        force=spec.force,
+        concurrency=spec.concurrency or DEFAULT_CONCURRENCY,
+        concurrency_asked=spec.concurrency is not None,
+        min_containers=0,
+        max_containers=spec.max_containers,
+        buffer_containers=None,
+        max_hourly_cost=None,
+        scaledown=30,
+        max_model_len=spec.max_model_len,
+        cpu=spec.cpu,
+        memory=spec.memory,
+        ephemeral_disk=spec.ephemeral_disk,
+        region=spec.region,
+        routing_region="us-east",
+        cloud=spec.cloud,
+        startup_timeout=spec.startup_timeout,
+        secrets=spec.secrets,
+        secrets_from_env=spec.secrets_from_env,
+        env_vars=spec.env_vars,
+        volumes=spec.volumes,
+        environment=spec.environment,
+        tags=spec.tags,
+        deploy_tag=None,
+        strategy=None,
+        auth=True,
+        vllm_version=spec.vllm_version,
+        pip=spec.pip,
+        apt=spec.apt,
+        engine_args=spec.engine_args,
+        target=spec.target,
+    )

@@ -1,0 +1,85 @@
+"""A job becomes source: the App that answers its rows. May import: catalog, render, specs, target."""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.render import Code, engine_context, header, rendered, resources_context
+from gpuctl.specs.batch import PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gpuctl.specs.batch import BatchSpec
+
+_SHARDS_AT_ONCE = 3  # one that ends, one that is worked on, one that begins
+
+
+def render_batch(
+    spec: BatchSpec,
+    *,
+    job: str,
+    usd_per_second: float | None,
+    argv: Sequence[str],
+    head: Sequence[str] = (),
+) -> str:
+    """The module of the job named `job`.
+
+    `usd_per_second`: of one container, at most; None where nothing is charged.
+    """
+    context: dict[str, Any] = {
+        **resources_context(spec),
+        "header": header(argv, head),
+        "job": job,
+        "name": PREFIX + job,
+        "build": spec.engine_build,
+        "env": spec.env_vars,
+        "max_containers": spec.max_containers,
+        "shards_at_once": _SHARDS_AT_ONCE,
+        "retries": spec.retries,
+        "usd_per_second": usd_per_second,
+        "max_usd": None if spec.max_cost is None else float(spec.max_cost),
+        "startup_timeout": spec.startup_timeout,
+    }
+    if spec.function is not None:
+        context |= {
+            "kind": Code("function"),
+            "processor": Code("FunctionProcessor"),
+            "function_file": str(spec.function.file.resolve()),
+            "function_there": f"/work/{spec.function.file.name}",
+            "function_name": spec.function.name,
+            "concurrency": spec.concurrency or 1,
+            "batch_size": spec.batch_size,
+        }
+    if spec.model is not None:
+        context |= {
+            **engine_context(spec, spec.model),
+            "kind": Code("vllm"),
+            "processor": Code("VllmProcessor"),
+            "concurrency": spec.concurrency,
+        }
+    # Twice: which imports it needs is known when it is there.
+    context |= {"modules": [], "abstract": Code("Iterable"), "typing": Code("Any")}
+    context |= _imports(rendered("batch/app.py.jinja", context))
+    return rendered("batch/app.py.jinja", context)
+
+
+# What the pieces use of the standard library by the module's name, and of collections.abc by its own.
+_MODULES = (
+    "asyncio", "base64", "collections", "concurrent.futures", "contextlib", "dataclasses", "functools", "gc",
+    "gzip", "heapq", "importlib.util", "inspect", "io", "itertools", "json", "math", "os", "pathlib", "queue",
+    "random", "re", "secrets", "shlex", "shutil", "struct", "subprocess", "sys", "tempfile", "threading", "time",
+    "traceback", "types", "uuid",
+)  # fmt: skip
+_ABSTRACT = ("AsyncIterator", "Awaitable", "Callable", "Iterable", "Iterator", "Mapping", "Sequence")
+
+
+def _imports(source: str) -> dict[str, Any]:
+    """The imports that the pieces of a module need: a name that nothing uses is not imported."""
+    used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    abstract = [name for name in _ABSTRACT if name in used or f"[{name}" in source]
+    return {
+        "modules": [Code(module) for module in _MODULES if module.partition(".")[0] in used],
+        "abstract": Code(", ".join(abstract)),
+    }

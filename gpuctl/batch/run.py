@@ -1,0 +1,392 @@
+"""Do a bulk job: read the rows, say what it will take, upload, start, follow, fetch. May import: everything of `batch`,
+and errors, paths, reach, render, specs, target, times.
+
+Each step can be the last before the command is killed, and the same command finds what there is and goes on: the rows
+of a job are uploaded whole or there is no `job.json`; what was answered stays answered; an output is there whole or
+not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpuctl import __version__
+from gpuctl.batch import jobs
+from gpuctl.batch.follow import RUNNING, alive, duration, follow
+from gpuctl.batch.jobs import Job
+from gpuctl.batch.remote import Remote
+from gpuctl.batch.render import render_batch
+from gpuctl.batch.results import read_results
+from gpuctl.batch.rows import Url
+from gpuctl.batch.shards import Staged, stage
+from gpuctl.cost import usd
+from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.paths import cache_dir
+from gpuctl.plan import command_of
+from gpuctl.reach import environment_name, reach
+from gpuctl.records import now
+from gpuctl.specs import names
+from gpuctl.specs.batch import LONGEST_NAME, BatchSpec
+from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from gpuctl.batch.inputs import Input
+    from gpuctl.batch.outputs import Destination
+    from gpuctl.batch.plan import Decided
+    from gpuctl.cli.console import Console
+    from gpuctl.modal_cli import Runner
+
+_COMMONEST = 5  # errors that a summary names
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that is ready to be uploaded: its rows in `staged.folder`, its file in `source`."""
+
+    job: Job
+    staged: Staged
+    source: str
+
+
+@dataclass
+class Summary:
+    """How a job ended, for a person and for `--json`."""
+
+    job: str
+    state: str
+    output: str | None
+    errors_file: str | None
+    status: Mapping[str, Any]
+    commonest: list[tuple[str, int]] = field(default_factory=list)
+
+    def document(self) -> dict[str, Any]:
+        kept = ("rows", "done", "failed", "tokens_in", "tokens_out", "container_seconds", "usd", "problem")
+        return {
+            "job": self.job,
+            "state": self.state,
+            **{name: self.status[name] for name in kept},
+            "seconds": round(self.status["time"] - self.status["began"], 3),
+            "output": self.output,
+            "errors": self.errors_file,
+            "commonest_errors": [{"error": text, "rows": rows} for text, rows in self.commonest],
+        }
+
+
+def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
+    """What the input is, and where its answers go. Its rows are read when they are iterated over."""
+    from gpuctl.batch.inputs import open_input
+    from gpuctl.batch.outputs import Format, destination
+
+    form = None if spec.format is None else Format(spec.format)
+    # What is asked of the rows is found in them; any format can be of transcriptions.
+    like = destination(spec.output, url=Url.TRANSCRIPTIONS, form=form, errors=spec.errors)
+    rows = open_input(
+        spec.inputs,
+        url=Url.FUNCTION if spec.function else None,
+        prompt=spec.prompt,
+        system=spec.system,
+        messages_column=spec.messages_column,
+        model=spec.title,
+        encoding=spec.encoding,
+        keep_columns=like.columns,
+    )
+    return rows, destination(spec.output, url=rows.url, form=like.format, errors=spec.errors)
+
+
+def destination_of(job: Job) -> Destination:
+    from gpuctl.batch.outputs import Format, destination
+
+    return destination(job.output, url=Url(job.url), form=Format(job.format), errors=job.errors)
+
+
+@contextlib.contextmanager
+def prepared(
+    decided: Decided, rows: Input, where: Destination, *, argv: Sequence[str], console: Console
+) -> Iterator[Prepared]:
+    """Read the input to its end, and render. The rows are kept in a folder as long as this lasts."""
+    from gpuctl.batch.inputs import strict
+
+    spec = decided.spec
+    console.say(rows.describe())
+    with _staging() as folder:
+        with console.spinner("reading …"):
+            staged = stage(
+                strict(rows) if spec.strict else rows,
+                folder / "job",
+                containers=spec.max_containers,
+                defaults=dict(spec.sampling),
+                limit=spec.limit,
+            )
+        if not staged.rows:
+            raise usage_error(f"INPUT: {', '.join(spec.inputs)} has no rows")
+        name = spec.name or _name(spec, staged)
+        source = render_batch(
+            spec,
+            job=name,
+            usd_per_second=decided.usd_per_second,
+            argv=tuple(command_of(argv, spec.target)),
+            head=decided.head,
+        )
+        job = Job(
+            name=name,
+            work=spec.title,
+            url=rows.url.value,
+            rows=staged.rows,
+            bad=staged.bad,
+            shards=staged.shards,
+            digest=staged.digest,
+            inputs=spec.inputs,
+            output=spec.output,
+            errors=spec.errors,
+            format=where.format.value,
+            columns=rows.columns,
+            gpu=str(spec.gpu) if spec.gpu else None,
+            argv=tuple(argv),
+            created_at=now(),
+            gpuctl_version=__version__,
+        )
+        for warning in rows.warnings():
+            console.warn(warning)
+        yield Prepared(job, staged, source)
+
+
+def _name(spec: BatchSpec, staged: Staged) -> str:
+    """The name of a job that was given none: the same for the same work on the same rows, wherever it is started."""
+    stem = Path(spec.inputs[0]).name.partition(".")[0] if spec.inputs[0] != "-" else "stdin"
+    what = json.dumps(
+        [spec.title, spec.model and spec.model.revision, spec.engine_args, staged.digest], default=str
+    )
+    short = hashlib.sha256(what.encode()).hexdigest()[:8]
+    return f"{names.slug(stem)[: LONGEST_NAME - 9] or 'job'}-{short}"
+
+
+@contextlib.contextmanager
+def _staging() -> Iterator[Path]:
+    """A folder of our own, in which what others of us left behind when they were killed is swept first."""
+    root = cache_dir() / "batch"
+    root.mkdir(mode=0o700, exist_ok=True)
+    for left in root.iterdir():
+        pid = left.name.partition("-")[0]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        dir=root, prefix=f"{os.getpid()}-", ignore_cleanup_errors=True
+    ) as folder:
+        yield Path(folder)
+
+
+def start(
+    decided: Decided, what: Prepared, *, runner: Runner, console: Console, yes: bool
+) -> tuple[Remote, str | None]:
+    """Upload and start, or go on with the job that is there. The run to follow; None where the job has ended."""
+    spec = decided.spec
+    environment = environment_name(spec.target, spec.environment)
+    for note in decided.notes:
+        console.note(note)
+    for warning in decided.warnings:
+        console.warn(warning)
+    bad = f", of which {what.job.bad:,} can have no answer" if what.job.bad else ""
+    console.say(f"job {what.job.name}: {what.job.rows:,} rows{bad}, in {what.job.shards:,} shards")
+    remote = Remote(what.job.name, reach(spec.target), spec.environment, runner, console)
+    name = what.job.name
+    if not remote.create():
+        there = remote.read_json("job.json")
+        if there is not None:
+            return remote, _go_on(spec, what, there, remote, environment, console, yes=yes)
+    if spec.target is Target.MODAL and not yes:
+        each = (
+            ""
+            if decided.usd_per_hour is None
+            else f", {usd(decided.usd_per_hour)} an hour for each container"
+        )
+        if not console.confirm(
+            f"Start job '{name}' on Modal (environment '{environment}'){each}?",
+            refused="--yes: needed to start a job on Modal when there is no terminal to ask on",
+        ):
+            remote.delete()
+            raise GpuctlError("not started")
+    file = jobs.save(spec.target, environment, what.job, what.source)
+    upload = _Upload(remote, what)
+    try:
+        remote.deploy(file)
+    finally:
+        upload.join()
+    with console.spinner("uploading the rows …"):
+        upload.finish()
+    console.done(f"uploaded and deployed: {name}")
+    return remote, remote.start(file)
+
+
+class _Upload(threading.Thread):
+    """The rows on their way while the App is deployed; `job.json` last, so that half a job is none."""
+
+    def __init__(self, remote: Remote, what: Prepared) -> None:
+        super().__init__(daemon=True)
+        self._remote = remote
+        self._what = what
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            folder = self._what.staged.folder
+            self._remote.put(folder, "/")
+            document = folder.with_name("job.json")
+            document.write_text(json.dumps(self._what.job.document()), encoding="utf-8")
+            self._remote.put(document, "/job.json")
+        except BaseException as error:  # told by `finish`
+            self._error = error
+
+    def finish(self) -> None:
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _go_on(
+    spec: BatchSpec,
+    what: Prepared,
+    there: dict[str, Any],
+    remote: Remote,
+    environment: str,
+    console: Console,
+    *,
+    yes: bool,
+) -> str | None:
+    """The same job is there already: follow it, go on with it, or fetch what it made."""
+    job = Job.from_document(there)
+    if job is None:
+        raise usage_error(f"--name: what is there as job {remote.job!r} is none of this gpuctl's")
+    if job.digest != what.job.digest:
+        raise usage_error(
+            f"--name: there is a job {job.name!r} of other rows ({job.rows:,}, made {job.created_at})",
+            hint=f"another --name, or `{remote.command('rm')}`",
+        )
+    file = jobs.save(spec.target, environment, what.job, what.source)
+    status = remote.read_json("status.json")
+    if status is not None and status["state"] == "done":
+        console.note(
+            f"job {job.name} of {job.created_at} is the same work on the same rows, and is done: nothing is paid twice"
+        )
+        return None
+    if status is not None and status["state"] == RUNNING and alive(status):
+        console.note(f"job {job.name} is the same work on the same rows, and runs already")
+        return str(status["run"])
+    ended = 0 if status is None else status["done"] + status["failed"]
+    console.note(
+        f"job {job.name} of {job.created_at} is the same work on the same rows: {ended:,} of {job.rows:,} are done"
+    )
+    if (
+        not yes
+        and spec.target is Target.MODAL
+        and not console.confirm(
+            "Go on with it?", refused="--yes: needed to go on with a job when there is no terminal to ask on"
+        )
+    ):
+        raise GpuctlError("not started")
+    return resume(remote, file)
+
+
+def resume(remote: Remote, file: Path) -> str:
+    """Deploy and start again: what has ended stays as it is."""
+    remote.deploy(file)
+    remote.remove("control/stop")
+    return remote.start(file)
+
+
+def finish(
+    remote: Remote,
+    job: Job,
+    run: str | None,
+    *,
+    console: Console,
+    on_event: Callable[[Mapping[str, Any]], None] | None = None,
+    follows: bool = True,
+) -> Summary:
+    """Follow a job to its end, stop its App, and write what it made where that belongs."""
+    if follows:
+        try:
+            status = follow(remote, run, console=console, on_event=on_event)
+        except KeyboardInterrupt:
+            console.warn(
+                f"job {job.name} goes on without this terminal: `{remote.command('wait')}` follows it again, "
+                f"`{remote.command('cancel')}` ends it"
+            )
+            raise
+    else:
+        found = remote.read_json("status.json")
+        if found is None:
+            raise GpuctlError(f"job {job.name} was never started", hint=remote.command("resume"))
+        status = found
+    if status["state"] != RUNNING:
+        remote.stop()
+    if status["state"] == "failed":
+        raise GpuctlError(
+            f"job {job.name} failed: {status['problem']}",
+            hint=f"`{remote.command('logs')}` tells more; `{remote.command('resume')}` "
+            f"goes on after {status['done'] + status['failed']:,} of {status['rows']:,} rows",
+        )
+    if status["state"] == "stopped":
+        raise GpuctlError(
+            f"job {job.name} was stopped: {status['problem']}; "
+            f"{status['done'] + status['failed']:,} of {status['rows']:,} rows are done, and kept",
+            hint=f"`{remote.command('resume')}` goes on, `{remote.command('fetch')} --partial` fetches what there is",
+        )
+    return fetch(remote, job, status, console=console)
+
+
+def fetch(remote: Remote, job: Job, status: Mapping[str, Any], *, console: Console) -> Summary:
+    """Download the answers and write the output."""
+    from gpuctl.batch.outputs import Output
+
+    errors: Counter[str] = Counter()
+    with _staging() as folder:
+        with console.spinner("fetching the answers …"):
+            remote.get("answers", folder)
+        where = destination_of(job)
+        with Output(where, job=job.name, url=Url(job.url), columns=job.columns) as output:
+            for result in read_results(folder / "answers"):
+                if result.error is not None:
+                    errors[f"{result.error.code}: {result.error.message}"] += 1
+                output.write(result)
+    return Summary(
+        job=job.name,
+        state=str(status["state"]),
+        output=job.output,
+        errors_file=str(where.errors) if output.failed else None,
+        status=status,
+        commonest=errors.most_common(_COMMONEST),
+    )
+
+
+def tell(summary: Summary, console: Console) -> None:
+    """The end, for a person."""
+    status = summary.status
+    seconds = max(status["time"] - status["began"], 0.001)
+    console.done(
+        f"{status['done']:,} rows answered"
+        + (f", {status['failed']:,} failed" if status["failed"] else "")
+        + f" in {duration(seconds)} ({status['rows'] / seconds:,.1f} rows/s): {summary.output}"
+    )
+    if status["tokens_in"]:
+        million = (status["tokens_in"] + status["tokens_out"]) / 1e6
+        per = f", ${status['usd'] / million:.3f} for a million" if status["usd"] else ""
+        console.say(f"  {status['tokens_in']:,} tokens in, {status['tokens_out']:,} out{per}")
+    if status["usd"] is not None:
+        console.say(f"  ${status['usd']:.2f} for {duration(status['container_seconds'])} of containers")
+    if summary.errors_file is not None:
+        console.warn(f"{status['failed']:,} rows have no answer: {summary.errors_file} says why of each")
+        for text, rows in summary.commonest:
+            console.say(f"  {rows:,} x {text[:200]}")

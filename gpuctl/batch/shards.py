@@ -1,0 +1,133 @@
+"""Rows become the files of a job: shards, what travels with them, and `job.json`. May import: batch.rows, errors.
+
+A shard is what one call of a worker answers: small enough that starting it again costs little, large enough that what
+it costs itself (a call, two commits of the Volume: about a second, while the rows of other shards go on) is far below
+1 % of its work.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gpuctl.batch.rows import Url
+from gpuctl.errors import GpuctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from gpuctl.batch.rows import Row
+
+# Rows of a shard at most. Where they are few, shards are smaller, so that every container gets some.
+LARGEST = 1000
+SMALLEST = 16
+_SHARDS_PER_CONTAINER = 8
+_FIRST = 4096  # rows that are read before the size of the shards is chosen
+
+
+@dataclass
+class Staged:
+    """What was written: `rows` in `shards` files, of which `bad` can have no answer; `digest` is of all of them."""
+
+    folder: Path
+    rows: int = 0
+    bad: int = 0
+    shards: int = 0
+    characters: int = 0  # of the requests
+    digest: str = ""
+    urls: set[Url] = field(default_factory=set)
+    duplicates: int = 0  # rows that are answered by another's answer
+
+
+def stage(
+    rows: Iterable[Row],
+    folder: Path,
+    *,
+    containers: int,
+    defaults: Mapping[str, Any],
+    limit: int | None = None,
+) -> Staged:
+    """Write the rows into `folder/input`, which is made. `defaults` are put into each request that lacks them.
+
+    A GpuctlError where the disk is full.
+    """
+    staged = Staged(folder)
+    (folder / "input").mkdir(parents=True)
+    digest = hashlib.sha256()
+    shard: list[bytes] = []
+    size = LARGEST
+    first: list[list[bytes]] = []
+    try:
+        for row in rows:
+            if limit is not None and staged.rows >= limit:
+                break
+            line = _line(row, defaults, folder, staged)
+            digest.update(line)
+            shard.append(line)
+            staged.rows += 1
+            if len(shard) >= size:
+                if staged.rows <= _FIRST:
+                    first.append(shard)
+                else:
+                    _write(staged, first, shard)
+                shard = []
+        if staged.rows <= _FIRST:
+            lines = [line for some in first for line in some] + shard
+            size = max(SMALLEST, min(LARGEST, -(-len(lines) // (containers * _SHARDS_PER_CONTAINER))))
+            first, shard = [lines[at : at + size] for at in range(0, len(lines), size)], []
+        _write(staged, first, shard)
+    except OSError as error:
+        raise GpuctlError(
+            f"cannot keep the rows in {folder}: {error.strerror}",
+            hint="make room there, or name another folder: export XDG_CACHE_HOME=/path",
+        ) from error
+    staged.digest = digest.hexdigest()
+    return staged
+
+
+def _line(row: Row, defaults: Mapping[str, Any], folder: Path, staged: Staged) -> bytes:
+    line: dict[str, Any] = {"row": row.number, "id": row.id}
+    if row.bad is not None:
+        line["bad"] = {"code": row.bad.code, "message": row.bad.message}
+        staged.bad += 1
+    else:
+        body = row.body
+        if defaults and row.url is not Url.FUNCTION and body is not None:
+            body = {**defaults, **body}
+        line |= {"url": row.url, "body": body}
+        staged.urls.add(row.url)
+        if row.media:
+            line["media"] = [_travel(row, n, folder) for n in range(len(row.media))]
+    if row.columns is not None:
+        line["columns"] = row.columns
+    text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    staged.characters += len(text)
+    return text.encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _travel(row: Row, n: int, folder: Path) -> str:
+    """Put a file beside the shards; where it will be in the Volume."""
+    source = row.media[n]
+    name = f"media/{row.number // LARGEST:06}/{row.number:09}-{n}{source.suffix.lower()}"
+    there = folder / name
+    there.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        there.hardlink_to(source.resolve())
+    except OSError:  # another file system
+        shutil.copyfile(source, there)
+    return name
+
+
+def _write(staged: Staged, first: list[list[bytes]], last: list[bytes]) -> None:
+    for lines in (*first, last):
+        if lines:
+            file = staged.folder / "input" / f"{staged.shards:06}.jsonl.gz"
+            # mtime=0: the same rows are the same file, which is not uploaded twice.
+            file.write_bytes(gzip.compress(b"".join(lines), compresslevel=1, mtime=0))
+            staged.shards += 1
+    first.clear()

@@ -1,0 +1,567 @@
+"""`gpuctl batch MODEL INPUT … -o OUTPUT`, and what there is to do with a job. May import at the top: typer, options."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path  # noqa: TC003 - typer reads the annotations when it runs
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gpuctl.cli.options import (
+    Environment,
+    Json,
+    Local,
+    Quiet,
+    Verbose,
+    Yes,
+    argv_of,
+    complete_gpu,
+    complete_model,
+    number,
+    repeatable,
+    runner_of,
+    target_of,
+    text,
+)
+from gpuctl.errors import usage_error
+
+if TYPE_CHECKING:
+    from typer._click import Context
+
+    from gpuctl.batch.jobs import Job
+    from gpuctl.batch.plan import Decided
+    from gpuctl.batch.remote import Remote
+    from gpuctl.cli.console import Console
+    from gpuctl.specs.batch import BatchSpec
+
+CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+_RUN = "run"
+_ENGINE_ARGS = "gpuctl.batch.engine_args"
+
+
+class BatchGroup(TyperGroup):
+    """`gpuctl batch MODEL …` is `gpuctl batch run MODEL …`; what follows `--` is the engine's."""
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        own, engine = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+        ctx.meta[_ENGINE_ARGS] = engine
+        if own and own[0] not in self.commands and own[0] not in ("-h", "--help"):
+            own = [_RUN, *own]
+        return super().parse_args(ctx, own)
+
+
+batch_app = app = typer.Typer(
+    cls=BatchGroup,
+    help="Answer the rows of a file with a model or a function of yours: gpuctl batch MODEL INPUT... -o OUTPUT. "
+    "`gpuctl batch run --help` lists the options of that.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=CONTEXT_SETTINGS,
+)
+
+
+def complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from gpuctl.batch import jobs
+    from gpuctl.errors import GpuctlError
+    from gpuctl.reach import environment_name
+
+    try:
+        target = target_of(bool(ctx.params.get("local")))
+        known = jobs.known(target, environment_name(target, ctx.params.get("env")))
+        return [
+            (job.name, f"{job.work}, {job.rows:,} rows") for job in known if job.name.startswith(incomplete)
+        ]
+    except GpuctlError:
+        return []
+
+
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        show_default=False,
+        help="Where the answers go. [default: where the job was to put them]",
+    ),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.", autocompletion=complete_job)]
+
+
+@batch_app.command(_RUN, context_settings=CONTEXT_SETTINGS)
+def run(
+    ctx: typer.Context,
+    work: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            show_default=False,
+            help="An alias, org/name[@revision] of Hugging Face, or a function or class of yours: work.py:process.",
+            autocompletion=complete_model,
+        ),
+    ],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            show_default=False,
+            help="Files (OpenAI Batch or plain JSONL, CSV, TSV, Parquet, text; .gz and .zst), folders or globs of "
+            "audio, image or text files, or - for what is piped in.",
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", show_default=False, help="Where the answers go; - is stdout."
+        ),
+    ] = None,
+    errors: Annotated[
+        str | None,
+        text("FILE", "Where rows without an answer go. [default: beside the output, .errors.jsonl]"),
+    ] = None,
+    format: Annotated[  # noqa: A002 - the option's name
+        str | None,
+        text("FORMAT", "openai, jsonl, csv or parquet. [default: by the input and the output's name]"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    prompt: Annotated[
+        str | None, text("TEMPLATE", "What to ask of each row, such as 'Summarise: {text}'. Jinja, too.")
+    ] = None,
+    system: Annotated[str | None, text("TEXT", "A system message before each row's.")] = None,
+    messages_column: Annotated[str | None, text("COLUMN", "The column that holds a row's messages.")] = None,
+    encoding: Annotated[str | None, text("NAME", "The input's encoding. [default: utf-8]")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Start nothing when a row of the input is malformed.")
+    ] = False,
+    limit: Annotated[str | None, number("Only the first N rows, for a taste.")] = None,
+    max_tokens: Annotated[str | None, number("Most tokens of an answer.")] = None,
+    temperature: Annotated[str | None, text("T", "Sampling temperature; 0 is greedy.")] = None,
+    top_p: Annotated[
+        str | None, text("P", "Sample from the likeliest tokens that make up this share.")
+    ] = None,
+    seed: Annotated[str | None, number("Seed of the sampling.")] = None,
+    json_schema: Annotated[str | None, text("FILE", "A JSON Schema that every answer keeps to.")] = None,
+    name: Annotated[
+        str | None, text("NAME", "Name of the job. [default: made from the input and the work]")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPU",
+            help="The GPU of each container, as `gpuctl serve` takes it. [default: auto; for a function none]",
+            autocompletion=complete_gpu,
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Start on GPUs on which, by the arithmetic, the model does not fit."),
+    ] = False,
+    max_containers: Annotated[str | None, number("Most containers at a time. [default: 1]")] = None,
+    concurrency: Annotated[
+        str | None,
+        number("Rows at once in a container: the engine's --max-num-seqs, or calls of the function."),
+    ] = None,
+    batch_size: Annotated[
+        str | None, number("Call the function with lists of N rows. [default: one row a call]")
+    ] = None,
+    retries: Annotated[str | None, number("Further tries of a row that fails. [default: 2]")] = None,
+    max_cost: Annotated[
+        str | None, text("USD", "Stop in order when so much is spent; what is done is kept.")
+    ] = None,
+    max_model_len: Annotated[str | None, number("Most tokens of question and answer together.")] = None,
+    cpu: Annotated[str | None, text("CORES", "Cores to reserve, or REQUEST,LIMIT.")] = None,
+    memory: Annotated[str | None, text("MIB", "Memory to reserve in MiB, or REQUEST,LIMIT.")] = None,
+    ephemeral_disk: Annotated[str | None, text("MIB", "Disk of a container in MiB.")] = None,
+    region: Annotated[str | None, text("REGION[,...]", "Where containers may run.")] = None,
+    cloud: Annotated[str | None, text("CLOUD", "Whose machines.", ("aws", "gcp", "oci", "auto"))] = None,
+    startup_timeout: Annotated[str | None, number("Seconds that a container may take to start.")] = None,
+    secret: Annotated[
+        list[str] | None, repeatable("NAME", "A Secret of Modal's, as environment variables.")
+    ] = None,
+    secret_from_env: Annotated[
+        list[str] | None, repeatable("VAR", "A variable of this shell, as a secret.")
+    ] = None,
+    env_var: Annotated[
+        list[str] | None,
+        repeatable("KEY=VALUE", "An environment variable in the container; not for secrets."),
+    ] = None,
+    volume: Annotated[list[str] | None, repeatable("NAME:PATH", "A Volume at an absolute path.")] = None,
+    env: Environment = None,
+    tag: Annotated[
+        list[str] | None, repeatable("KEY=VALUE", "A tag of the App, for billing and lists.")
+    ] = None,
+    vllm_version: Annotated[str | None, text("X.Y.Z", "The engine's version.")] = None,
+    pip: Annotated[list[str] | None, repeatable("PACKAGE", "A Python package to install too.")] = None,
+    apt: Annotated[list[str] | None, repeatable("PACKAGE", "A Debian package to install too.")] = None,
+    local: Local = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the module that would be deployed; nothing runs.")
+    ] = False,
+    render: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write that module to FILE; nothing runs.")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when the job runs; `gpuctl batch wait` follows it.")
+    ] = False,
+    events: Annotated[
+        bool,
+        typer.Option("--events", help="Print how far it is on stdout, as a line of JSON every two seconds."),
+    ] = False,
+    yes: Yes = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer every row of the input, once."""
+    from gpuctl.batch.run import finish, prepared, read_input, start, tell
+    from gpuctl.cli.console import Console
+    from gpuctl.cli.serve import write_source
+    from gpuctl.specs.batch import BatchSpec
+
+    if json and (dry_run or render or events):
+        raise usage_error(
+            "--json: tells how the job ended; it does not go with --dry-run, --render or --events"
+        )
+    spec = BatchSpec.from_options(
+        work=work,
+        inputs=inputs,
+        output=output,
+        errors=errors,
+        format=format,
+        overwrite=overwrite,
+        prompt=prompt,
+        system=system,
+        messages_column=messages_column,
+        encoding=encoding,
+        strict=strict,
+        limit=limit,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        json_schema=json_schema,
+        name=name,
+        gpu=gpu,
+        force=force,
+        max_containers=max_containers,
+        concurrency=concurrency,
+        batch_size=batch_size,
+        retries=retries,
+        max_cost=max_cost,
+        max_model_len=max_model_len,
+        cpu=cpu,
+        memory=memory,
+        ephemeral_disk=ephemeral_disk,
+        region=region,
+        cloud=cloud,
+        startup_timeout=startup_timeout,
+        secret=secret or (),
+        secret_from_env=secret_from_env or (),
+        env_var=env_var or (),
+        volume=volume or (),
+        env=env,
+        tag=tag or (),
+        vllm_version=vllm_version,
+        pip=pip or (),
+        apt=apt or (),
+        engine_args=ctx.meta.get(_ENGINE_ARGS, ()),
+        target=target_of(local),
+    )
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    unset = [variable for variable in spec.secrets_from_env if variable not in os.environ]
+    if unset and not (dry_run or render):
+        raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
+    rows, where = read_input(spec)
+    if not (dry_run or render):
+        where.check(overwrite=spec.overwrite)
+    argv = argv_of(ctx)
+    decided = _decided(ctx, spec, argv, console, offline=bool(dry_run or render))
+    with prepared(decided, rows, where, argv=argv, console=console) as what:
+        if render:
+            write_source(render, what.source)
+        if dry_run:
+            sys.stdout.write(what.source)
+        if dry_run or render:
+            for note in decided.notes:
+                console.note(note)
+            for warning in decided.warnings:
+                console.warn(warning)
+            return
+        remote, started = start(decided, what, runner=runner_of(ctx), console=console, yes=yes)
+    if detach and started is not None:
+        _tell_detached(remote, what.job, console)
+        return
+    summary = finish(
+        remote,
+        what.job,
+        started,
+        console=console,
+        on_event=_print_event if events else None,
+        follows=started is not None,
+    )
+    if json:
+        console.print_document(summary.document())
+    else:
+        tell(summary, console)
+
+
+def _decided(
+    ctx: typer.Context, spec: BatchSpec, argv: tuple[str, ...], console: Console, *, offline: bool
+) -> Decided:
+    """What the job runs on: `offline`, as a dry run knows it, else with the model's exact commit."""
+    import dataclasses
+
+    from gpuctl.batch.plan import decide
+    from gpuctl.configs import of_deployment, of_ref
+    from gpuctl.deploy import check_tools
+    from gpuctl.hub import resolve_revision
+    from gpuctl.plan import with_target
+    from gpuctl.prices import from_catalogue, rates
+    from gpuctl.target import Target
+
+    runner = runner_of(ctx)
+    if not offline:
+        check_tools(spec.target)
+    model, found = spec.model, None
+    if model is not None and offline:
+        found = of_ref(model, online=False)
+    elif model is not None:
+        revision = None if model.repo is None else resolve_revision(model.repo, model.revision)
+        found = of_deployment(model, revision, force=spec.force)
+        if revision is not None:
+            spec = dataclasses.replace(spec, model=dataclasses.replace(model, revision=revision))
+    if spec.target is Target.LOCAL:
+        prices = from_catalogue("nobody was asked")
+    elif offline:
+        prices = rates(spec.target)
+    else:
+        prices = rates(spec.target, runner=runner, console=console)
+    return decide(spec, found, prices, argv=with_target(argv, spec.target))
+
+
+def _print_event(status: Any) -> None:
+    import json
+
+    print(json.dumps(status, separators=(",", ":")), flush=True)
+
+
+def _tell_detached(remote: Remote, job: Job, console: Console) -> None:
+    if console.json:
+        console.print_document({"job": job.name, "state": "running", "rows": job.rows})
+    console.say(f"job {job.name} runs. It needs this machine no more:")
+    for verb, does in (
+        ("wait", "follows it, and fetches the answers"),
+        ("status", "how far it is"),
+        ("cancel", "ends it"),
+    ):
+        console.say(f"  {remote.command(verb)}    # {does}")
+
+
+def _remote(ctx: typer.Context, name: str, local: bool, env: str | None, console: Console) -> Remote:
+    from gpuctl.batch.manage import remote_of
+
+    return remote_of(name, target_of(local), env, runner=runner_of(ctx), console=console)
+
+
+@batch_app.command("ls", context_settings=CONTEXT_SETTINGS)
+def list_jobs(
+    ctx: typer.Context,
+    local: Local = False,
+    env: Environment = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the jobs, of this machine and of others, and how far each is."""
+    from gpuctl.batch.manage import listed
+    from gpuctl.cli.console import Console
+
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    rows = listed(target_of(local), env, runner=runner_of(ctx), console=console)
+    if json:
+        console.print_document([row.document() for row in rows])
+        return
+    if not rows:
+        console.say("no jobs")
+        return
+    console.table(
+        ("JOB", "STATE", "DONE", "FAILED", "ROWS", "WORK", "COST", "STARTED"), [row.cells() for row in rows]
+    )
+
+
+@batch_app.command(context_settings=CONTEXT_SETTINGS)
+def status(
+    ctx: typer.Context,
+    job: JobName,
+    local: Local = False,
+    env: Environment = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tell how far a job is."""
+    from gpuctl.batch.manage import status_of
+    from gpuctl.cli.console import Console
+
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    found = status_of(_remote(ctx, job, local, env, console))
+    if json:
+        console.print_document(found.document())
+    else:
+        for line in found.lines():
+            console.answer(line)
+
+
+@batch_app.command(context_settings=CONTEXT_SETTINGS)
+def logs(
+    ctx: typer.Context,
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they come.")] = False,
+    tail: Annotated[str | None, number("Only the last N lines.")] = None,
+    local: Local = False,
+    env: Environment = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a job's containers printed."""
+    from gpuctl.cli.console import Console
+    from gpuctl.modal_cli import app_logs_argv
+
+    console = Console(verbose=verbose)
+    remote = _remote(ctx, job, local, env, console)
+    lines = None
+    if tail is not None:
+        if not tail.isdecimal() or not 0 < int(tail) < 10**9:
+            raise usage_error(f"--tail: {tail!r} is not a whole number of at least 1")
+        lines = int(tail)
+    argv = app_logs_argv(remote.name, follow=follow, tail=lines, environment=env)
+    code = runner_of(ctx).hand_over(argv, remote.env)
+    if code:
+        raise typer.Exit(1)
+
+
+@batch_app.command(context_settings=CONTEXT_SETTINGS)
+def wait(
+    ctx: typer.Context,
+    job: JobName,
+    output: Output = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    local: Local = False,
+    env: Environment = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Follow a job until it ends, and fetch its answers."""
+    from gpuctl.batch.manage import job_of, with_output
+    from gpuctl.batch.run import finish, tell
+    from gpuctl.cli.console import Console
+
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    remote = _remote(ctx, job, local, env, console)
+    summary = finish(remote, with_output(job_of(remote), output, overwrite=overwrite), None, console=console)
+    if json:
+        console.print_document(summary.document())
+    else:
+        tell(summary, console)
+
+
+@batch_app.command(context_settings=CONTEXT_SETTINGS)
+def fetch(
+    ctx: typer.Context,
+    job: JobName,
+    output: Output = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="What there is, of a job that has not ended, too: whole shards.")
+    ] = False,
+    local: Local = False,
+    env: Environment = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fetch the answers of a job that has ended."""
+    from gpuctl.batch.manage import fetch_of
+    from gpuctl.batch.run import tell
+    from gpuctl.cli.console import Console
+
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    summary = fetch_of(_remote(ctx, job, local, env, console), output, overwrite=overwrite, partial=partial)
+    if json:
+        console.print_document(summary.document())
+    else:
+        tell(summary, console)
+
+
+@batch_app.command(context_settings=CONTEXT_SETTINGS)
+def cancel(
+    ctx: typer.Context,
+    job: JobName,
+    now: Annotated[
+        bool, typer.Option("--now", help="At once: rows that are being answered are lost, and nothing else.")
+    ] = False,
+    local: Local = False,
+    env: Environment = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """End a job in order; what is done is kept, and `resume` goes on."""
+    from gpuctl.batch.manage import cancel_job
+    from gpuctl.cli.console import Console
+
+    console = Console(quiet=quiet, verbose=verbose)
+    cancel_job(_remote(ctx, job, local, env, console), now=now)
+
+
+@batch_app.command(context_settings=CONTEXT_SETTINGS)
+def resume(
+    ctx: typer.Context,
+    job: JobName,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when the job runs.")] = False,
+    yes: Yes = False,
+    local: Local = False,
+    env: Environment = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Go on with a job where it stopped."""
+    from gpuctl.batch.manage import resume_job
+    from gpuctl.batch.run import finish, tell
+    from gpuctl.cli.console import Console
+
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    remote = _remote(ctx, job, local, env, console)
+    found, started = resume_job(remote, yes=yes)
+    if detach:
+        _tell_detached(remote, found, console)
+        return
+    summary = finish(remote, found, started, console=console, follows=started is not None)
+    if json:
+        console.print_document(summary.document())
+    else:
+        tell(summary, console)
+
+
+@batch_app.command("rm", context_settings=CONTEXT_SETTINGS)
+def remove(
+    ctx: typer.Context,
+    job: JobName,
+    yes: Yes = False,
+    local: Local = False,
+    env: Environment = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Delete a job with its rows and answers; what was fetched stays."""
+    from gpuctl.batch.manage import remove_job
+    from gpuctl.cli.console import Console
+
+    console = Console(quiet=quiet, verbose=verbose)
+    remove_job(_remote(ctx, job, local, env, console), yes=yes)

@@ -1,0 +1,350 @@
+"""What `gpuctl batch` was asked for, checked once. May import: gpuctl.errors, batch.rows, catalog, target, specs.
+
+`BatchSpec.from_options` takes what was typed, and raises one usage error that lists every problem of the command.
+What the input's rows are is not known here: `gpuctl.batch.inputs` finds that out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpuctl import catalog
+from gpuctl.errors import usage_error
+from gpuctl.specs import names
+from gpuctl.specs.engine_args import check_engine_args, stages
+from gpuctl.specs.gpu import AUTO, GpuRequest
+from gpuctl.specs.model import ModelRef
+from gpuctl.specs.resources import (
+    CLOUDS,
+    OWN_TAG,
+    Amount,
+    ResourceReader,
+    VolumeMount,
+    python_package,
+    system_package,
+)
+from gpuctl.specs.serve import default_startup_timeout
+from gpuctl.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from decimal import Decimal
+
+DEFAULT_MAX_CONTAINERS = 1  # a finite bill; see --max-containers
+DEFAULT_RETRIES = 2
+PREFIX = "gpuctl-batch-"  # of a job's App, Volume and Dict
+LONGEST_NAME = 64 - len(PREFIX)  # Modal's names have at most 64 characters
+FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "json", "txt", "srt", "vtt")
+
+_FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)")
+_DAY = 24 * 3600
+_TEMPERATURE = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,4})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class FunctionRef:
+    """A function or class of the user's: the file that holds it, and its name there."""
+
+    file: Path
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> FunctionRef | None:
+        """Read `work.py:process`; None where it is nothing like that. A usage error where there is no such file."""
+        match = _FUNCTION.fullmatch(text)
+        if match is None:
+            if text.endswith(".py"):
+                raise usage_error(f"MODEL: {text!r} names a file, and no function in it: {text}:process")
+            return None
+        file = Path(match["file"])
+        if not file.is_file():
+            raise usage_error(f"MODEL: there is no file {str(file)!r}, of which {text!r} speaks")
+        return cls(file, match["name"])
+
+    @property
+    def title(self) -> str:
+        return f"{self.file.name}:{self.name}"
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """A valid request for a bulk job. Seconds and MiB; None: left to Modal's or the engine's own default.
+
+    Exactly one of `model` and `function` is there. `inputs` are as they were typed; `gpu` is None where there is
+    none, or where it is yet to be chosen (`auto`).
+    """
+
+    model: ModelRef | None
+    function: FunctionRef | None
+    inputs: tuple[str, ...]
+    output: str
+    errors: str | None
+    format: str | None
+    overwrite: bool
+    prompt: str | None
+    system: str | None
+    messages_column: str | None
+    encoding: str | None
+    strict: bool
+    limit: int | None
+    dedupe: bool
+    sampling: tuple[tuple[str, Any], ...]  # put into each request that does not say it itself
+    name: str | None
+    gpu: GpuRequest | None
+    auto: bool
+    force: bool
+    max_containers: int
+    concurrency: int | None
+    batch_size: int | None
+    retries: int
+    max_cost: Decimal | None  # USD
+    max_model_len: int | None
+    cpu: Amount | None
+    memory: Amount | None
+    ephemeral_disk: int | None
+    region: tuple[str, ...]
+    cloud: str | None
+    startup_timeout: int
+    secrets: tuple[str, ...]
+    secrets_from_env: tuple[str, ...]
+    env_vars: tuple[tuple[str, str], ...]
+    volumes: tuple[VolumeMount, ...]
+    environment: str | None
+    tags: tuple[tuple[str, str], ...]
+    vllm_version: str
+    pip: tuple[str, ...]
+    apt: tuple[str, ...]
+    engine_args: tuple[str, ...]
+    target: Target
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        work: str,
+        inputs: Sequence[str],
+        output: str | None = None,
+        errors: str | None = None,
+        format: str | None = None,  # noqa: A002 - the option's name
+        overwrite: bool = False,
+        prompt: str | None = None,
+        system: str | None = None,
+        messages_column: str | None = None,
+        encoding: str | None = None,
+        strict: bool = False,
+        limit: str | None = None,
+        dedupe: bool = False,
+        max_tokens: str | None = None,
+        temperature: str | None = None,
+        top_p: str | None = None,
+        seed: str | None = None,
+        json_schema: str | None = None,
+        name: str | None = None,
+        gpu: str | None = None,
+        force: bool = False,
+        max_containers: str | None = None,
+        concurrency: str | None = None,
+        batch_size: str | None = None,
+        retries: str | None = None,
+        max_cost: str | None = None,
+        max_model_len: str | None = None,
+        cpu: str | None = None,
+        memory: str | None = None,
+        ephemeral_disk: str | None = None,
+        region: str | None = None,
+        cloud: str | None = None,
+        startup_timeout: str | None = None,
+        secret: Sequence[str] = (),
+        secret_from_env: Sequence[str] = (),
+        env_var: Sequence[str] = (),
+        volume: Sequence[str] = (),
+        env: str | None = None,
+        tag: Sequence[str] = (),
+        vllm_version: str | None = None,
+        pip: Sequence[str] = (),
+        apt: Sequence[str] = (),
+        engine_args: Sequence[str] = (),
+        target: Target = Target.MODAL,
+    ) -> BatchSpec:
+        """Check what was typed (texts as they came; None: not given) and put the defaults in."""
+        read = ResourceReader()
+        function = read.parsed(FunctionRef.parse, work)
+        model = None
+        if function is None and not read.problems:
+            model = read.parsed(ModelRef.parse, work)
+        if not inputs:
+            read.problem("INPUT: nothing given; name a file, a folder, or - for what is piped in")
+        if output is None:
+            read.problem("--output: needed: where the answers go, such as -o answers.jsonl")
+        answers = output or "-"
+        read.one_of("--format", format, FORMATS)
+        auto = (model is not None and target is Target.MODAL) if gpu is None else gpu.strip().lower() == AUTO
+        if auto and function is not None:
+            read.problem(f"--gpu: auto chooses by the model, and {work} is none; name one, such as L4")
+        gpu_request = None if gpu is None or auto else read.parsed(GpuRequest.parse, gpu)
+        if "--local" in engine_args:
+            read.problem("-- --local: use --local before the --: what follows that goes to vLLM")
+        if function is not None:
+            for flag, given in (
+                ("--prompt", prompt),
+                ("--system", system),
+                ("--messages-column", messages_column),
+                ("--max-tokens", max_tokens),
+                ("--temperature", temperature),
+                ("--top-p", top_p),
+                ("--seed", seed),
+                ("--json-schema", json_schema),
+                ("--max-model-len", max_model_len),
+                ("--vllm-version", vllm_version),
+                ("--", engine_args or None),
+            ):
+                if given is not None:
+                    read.problem(
+                        f"{flag}: is for a model, and {work} is a function, which gets the rows as they are"
+                    )
+        elif batch_size is not None:
+            read.problem("--batch-size: is for a function; the engine batches by itself, up to --concurrency")
+        if name is not None and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
+            read.problem(
+                f"--name: {name!r} is no name of a job: letters, digits, '.', '_' or '-', {LONGEST_NAME} at most"
+            )
+        read.rule("--env", env, names.environment_name)
+        build = catalog.vllm().cpu if target is Target.LOCAL else catalog.vllm().cuda
+        from_env = read.many("--secret-from-env", secret_from_env, names.variable)
+        app_tags = read.tags(tag)
+        if OWN_TAG[0] not in dict(app_tags):
+            app_tags = (OWN_TAG, *app_tags)
+        sampling = _sampling(
+            read,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            json_schema=json_schema,
+        )
+        read.problems += check_engine_args(engine_args)
+        spec = cls(
+            model=model,
+            function=function,
+            inputs=tuple(inputs),
+            output=answers,
+            errors=errors,
+            format=format,
+            overwrite=overwrite,
+            prompt=prompt,
+            system=system,
+            messages_column=messages_column,
+            encoding=encoding,
+            strict=strict,
+            limit=read.optional_whole("--limit", limit, unit="rows"),
+            dedupe=dedupe,
+            sampling=sampling,
+            name=name,
+            gpu=gpu_request,
+            auto=auto,
+            force=force,
+            max_containers=read.whole("--max-containers", max_containers, DEFAULT_MAX_CONTAINERS),
+            concurrency=read.optional_whole("--concurrency", concurrency),
+            batch_size=read.optional_whole("--batch-size", batch_size, unit="rows"),
+            retries=read.whole("--retries", retries, DEFAULT_RETRIES, at_least=0, at_most=100),
+            max_cost=read.dollars("--max-cost", max_cost),
+            max_model_len=read.optional_whole("--max-model-len", max_model_len, unit="tokens"),
+            cpu=read.amount("--cpu", cpu, whole=False, unit="cores, as in 4, 2.5 or REQUEST,LIMIT"),
+            memory=read.amount(
+                "--memory", memory, whole=True, unit="MiB, as in 16384 (16 GiB) or REQUEST,LIMIT"
+            ),
+            ephemeral_disk=read.optional_whole("--ephemeral-disk", ephemeral_disk, unit="MiB"),
+            region=read.regions(region),
+            cloud=read.one_of("--cloud", cloud, CLOUDS),
+            startup_timeout=read.whole(
+                "--startup-timeout",
+                startup_timeout,
+                default_startup_timeout(model.download_gib if model else 0.0),
+                at_most=_DAY,
+                unit="seconds",
+            ),
+            secrets=read.many("--secret", secret, names.object_name),
+            secrets_from_env=from_env,
+            env_vars=read.env_vars(env_var, set_by_file=build.env if model else {}, from_env=from_env),
+            volumes=read.volumes(volume),
+            environment=env,
+            tags=app_tags,
+            vllm_version=read.version("--vllm-version", vllm_version),
+            pip=read.many("--pip", pip, python_package),
+            apt=read.many("--apt", apt, system_package),
+            engine_args=tuple(engine_args),
+            target=target,
+        )
+        if read.problems:
+            raise usage_error(read.problems)
+        return spec
+
+    @property
+    def title(self) -> str:
+        """What does the work, in messages."""
+        if self.function is not None:
+            return self.function.title
+        assert self.model is not None
+        return self.model.title
+
+    @property
+    def pipeline_parallel(self) -> int:
+        """Stages that the model's layers are dealt out to, as the engine's arguments say."""
+        return stages(self.engine_args)
+
+    @property
+    def engine_build(self) -> catalog.Build:
+        """How the engine's image is built for the device of the target."""
+        engine = catalog.vllm()
+        return engine.cpu if self.target is Target.LOCAL else engine.cuda
+
+
+def _sampling(
+    read: ResourceReader,
+    *,
+    max_tokens: str | None,
+    temperature: str | None,
+    top_p: str | None,
+    seed: str | None,
+    json_schema: str | None,
+) -> tuple[tuple[str, Any], ...]:
+    """The fields of a request that the flags stand for."""
+    fields: dict[str, Any] = {
+        "max_tokens": read.optional_whole("--max-tokens", max_tokens, unit="tokens"),
+        "temperature": _number(read, "--temperature", temperature, most=100.0),
+        "top_p": read.share("--top-p", top_p),
+        "seed": read.optional_whole("--seed", seed, at_least=0),
+        "response_format": None if json_schema is None else _schema(read, json_schema),
+    }
+    return tuple((name, value) for name, value in fields.items() if value is not None)
+
+
+def _number(read: ResourceReader, flag: str, text: str | None, *, most: float) -> float | None:
+    if text is None:
+        return None
+    if _TEMPERATURE.fullmatch(text.strip()) and float(text) <= most:
+        return float(text)
+    read.problem(f"{flag}: {text!r} is not a number from 0 to {most:g}, such as 0.7")
+    return None
+
+
+def _schema(read: ResourceReader, path: str) -> dict[str, Any] | None:
+    """`--json-schema FILE` as OpenAI's API says it."""
+    try:
+        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        read.problem(f"--json-schema: cannot read {path!r}: {error.strerror}")
+    except ValueError as error:
+        read.problem(f"--json-schema: {path!r} is not JSON: {error}")
+    else:
+        if isinstance(schema, dict):
+            return {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": schema, "strict": True},
+            }
+        read.problem(f"--json-schema: {path!r} holds no JSON Schema, which is an object")
+    return None

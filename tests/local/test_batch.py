@@ -1,0 +1,236 @@
+"""`gpuctl batch` with the user's own function: nothing is lost, and nothing is done twice, whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gpuctl.local import client
+from gpuctl.paths import state_dir
+
+from .planes import APPS, TestPlane, eventually, processes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WORK = str(APPS / "batch_work.py")
+
+
+class Batch:
+    """`gpuctl batch` in a folder of its own."""
+
+    def __init__(self, plane: TestPlane, folder: Path) -> None:
+        self.plane = plane
+        self.folder = folder
+
+    def rows(self, count: int, name: str = "rows.jsonl", **more: Any) -> str:
+        lines = (json.dumps({"n": n, **more}) for n in range(count))
+        (self.folder / name).write_text("\n".join(lines) + "\n")
+        return name
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "gpuctl", "batch", *words],
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *words: str, code: int = 0) -> tuple[str, str]:
+        """Its stdout and stderr."""
+        process = self.start(*words)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == code, (process.returncode, out, err)
+        return out, err
+
+    def json(self, *words: str) -> Any:
+        return json.loads(self.run(*words, "--json")[0])
+
+    def lines(self, name: str) -> list[Any]:
+        file = self.folder / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture(scope="module")
+def batch_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestPlane]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("GPUCTL_TARGET", "local")
+        plane = TestPlane(state_dir() / "local")
+        plane.up()
+        yield plane
+        plane.down()
+
+
+@pytest.fixture
+def batch(batch_plane: TestPlane, tmp_path: Path) -> Batch:
+    return Batch(batch_plane, tmp_path)
+
+
+def check_squares(batch: Batch, count: int, answers: str = "out.jsonl") -> None:
+    """Exactly one line for each row, in order, and the right one."""
+    right = [n for n in range(count) if n % 100 != 99]
+    found = batch.lines(answers)
+    assert [line["custom_id"] for line in found] == [f"row-{n}" for n in right]
+    assert [line["response"]["body"] for line in found] == [{"square": n**2} for n in right]
+    errors = batch.lines(answers.replace(".jsonl", ".errors.jsonl"))
+    assert [line["custom_id"] for line in errors] == [f"row-{n}" for n in range(count) if n % 100 == 99]
+    for line in errors:
+        assert line["error"]["code"] == "exception"
+        assert "is not liked" in line["error"]["message"]
+        assert "(tried 2 times)" in line["error"]["message"]
+
+
+def test_a_job_from_its_rows_to_its_answers(batch: Batch) -> None:
+    rows = batch.rows(250)
+    work = (f"{WORK}:square", rows, "-o", "out.jsonl", "--retries", "1", "--max-containers", "2")
+    told = batch.json(*work)
+    assert (told["state"], told["rows"], told["done"], told["failed"]) == ("done", 250, 248, 2)
+    assert told["errors"].endswith("out.errors.jsonl")
+    check_squares(batch, 250)
+
+    # Again: the output is there; with another, the answers that were paid for are fetched.
+    _, err = batch.run(*work, code=2)
+    assert "exists" in err
+    began = batch.json("status", told["job"])["run"]
+    again = batch.json(*(word.replace("out.jsonl", "again.jsonl") for word in work))
+    assert (again["job"], again["state"]) == (told["job"], "done")
+    assert batch.json("status", told["job"])["run"] == began
+    check_squares(batch, 250, "again.jsonl")
+    assert told["job"] in [row["job"] for row in batch.json("ls")]
+
+    # Other rows are another job.
+    rows = batch.rows(10)
+    other = batch.json(f"{WORK}:square", rows, "-o", "other.jsonl")
+    assert other["job"] != told["job"]
+
+    batch.run("rm", told["job"], "--yes")
+    assert told["job"] not in [row["job"] for row in batch.json("ls")]
+    _, err = batch.run("status", told["job"], code=2)
+    assert other["job"] in err, "the jobs that there are"
+
+
+def test_lists_of_rows_columns_and_bad_lines(batch: Batch) -> None:
+    (batch.folder / "table.csv").write_text("n,who\n0,Ann\n1,Bob\nodd\n3,Eve\n")
+    out = batch.json(f"{WORK}:Adder", "table.csv", "-o", "out.csv", "--batch-size", "2")
+    assert (out["done"], out["failed"]) == (3, 1)
+    with (batch.folder / "out.csv").open() as file:
+        answers = list(csv.DictReader(file))
+    assert [(row["n"], row["who"]) for row in answers] == [("0", "Ann"), ("1", "Bob"), ("3", "Eve")]
+    assert json.loads(answers[0]["answer"])["n"] == "0"
+    (error,) = batch.lines("out.errors.jsonl")
+    assert "table.csv:4" in error["error"]["message"]
+
+    _, err = batch.run(f"{WORK}:Adder", "table.csv", "-o", "strict.csv", "--strict", code=2)
+    assert "table.csv:4" in err
+
+
+def test_what_was_cancelled_goes_on_where_it_stopped(batch: Batch) -> None:
+    rows = batch.rows(2000, seconds=0.005)
+    batch.run(f"{WORK}:slowly", rows, "-o", "out.jsonl", "--retries", "1", "--detach", "--name", "long")
+
+    def done() -> int:
+        return int(batch.json("status", "long").get("done", 0))
+
+    eventually(done, seconds=60)
+    batch.run("cancel", "long")
+    stopped = batch.json("status", "long")
+    assert stopped["state"] == "stopped"
+    assert 0 < stopped["done"] < 2000
+    _, err = batch.run("fetch", "long", code=1)
+    assert "resume" in err or "wait" in err
+    told = batch.json("resume", "long")
+    assert (told["state"], told["done"], told["failed"]) == ("done", 1980, 20)
+    check_squares(batch, 2000)
+
+
+def test_a_row_that_kills_its_container_is_told_and_the_others_are_answered(batch: Batch) -> None:
+    lines = [{"n": n} for n in range(60)]
+    lines[17]["poison"] = True  # type: ignore[assignment]
+    (batch.folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = batch.json(f"{WORK}:poisoned", "rows.jsonl", "-o", "out.jsonl")
+    assert (told["done"], told["failed"]) == (59, 1)
+    answers = [line["response"]["body"] for line in batch.lines("out.jsonl")]
+    assert answers == [n + 1 for n in range(60) if n != 17]
+    (error,) = batch.lines("out.errors.jsonl")
+    assert (error["custom_id"], error["error"]["code"]) == ("row-17", "container_died")
+
+
+def test_work_that_cannot_start_ends_the_job_with_its_reason(batch: Batch) -> None:
+    (batch.folder / "bad.py").write_text("import no_such_module\n\ndef process(row):\n    return row\n")
+    _, err = batch.run("bad.py:process", batch.rows(5), "-o", "out.jsonl", code=1)
+    assert "no_such_module" in err
+    assert not (batch.folder / "out.jsonl").exists()
+
+
+# -- whatever dies
+
+
+def storm(batch: Batch, count: int, kills: int, seed: int) -> Counter[str]:
+    """kill -9 of workers, of the driver, of the client and of the plane, spread over the job."""
+    chance = random.Random(seed)
+    words = (
+        f"{WORK}:slowly",
+        batch.rows(count),
+        "-o",
+        "out.jsonl",
+        "--retries",
+        "1",
+        "--max-containers",
+        "2",
+    )
+    killed: Counter[str] = Counter()
+    process = batch.start(*words, "--name", f"storm-{seed}")
+    deadline = time.monotonic() + 120 + 8 * kills
+    next_kill = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if process.poll() is not None:
+            if process.returncode == 0:
+                return killed
+            assert process.returncode in (1, -signal.SIGKILL), process.communicate()
+            process = batch.start(*words, "--name", f"storm-{seed}")
+        if killed.total() < kills and time.monotonic() > next_kill:
+            next_kill = time.monotonic() + chance.uniform(0.2, 2)
+            containers = processes(f"{batch.plane.state_dir}/run/", "container_init.py")
+            kind = chance.choice(("client", "plane", "container", "container", "container"))
+            plane = client.running(batch.plane.state_dir)
+            pids = {
+                "client": [process.pid],
+                "plane": [plane.pid] if plane else [],
+                "container": containers,
+            }[kind]
+            if pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(chance.choice(pids), signal.SIGKILL)
+                    killed[kind] += 1
+    pytest.fail(f"not done in time, after {killed}: {batch.run('status', f'storm-{seed}')}")
+
+
+def test_a_few_kills(batch: Batch) -> None:
+    killed = storm(batch, 2000, kills=6, seed=4)
+    assert killed.total() > 0
+    check_squares(batch, 2000)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_over_twenty_thousand_rows(batch: Batch) -> None:
+    killed = storm(batch, 20_000, kills=100, seed=5)
+    assert killed.total() > 50, killed
+    assert len(killed) == 3
+    check_squares(batch, 20_000)
