@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ROWS, _CELLS = 50_000, 1 << 25  # of a row group: rows, and bytes of text and of embeddings
+_ROWS, _CELLS = 20_000, 1 << 24  # of a row group: rows, and bytes of text and of embeddings
 # What each type fits into, beside itself. `long` is for numbers that a float would round.
 _FITS: dict[str, tuple[str, ...]] = {
     "null": ("null", "bool", "int", "long", "float", "text"),

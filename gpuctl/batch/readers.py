@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     Lines = Iterator[tuple[int, bytes | None]]
 
 _FIELD = 1 << 24  # characters of one field of a CSV file
+_DEEPEST = (
+    100  # lists and objects in each other: what reads or copies them on the way goes as deep into its stack
+)
 
 
 class Reader:
@@ -136,7 +139,9 @@ class Reader:
             if wrong:
                 yield where, None, wrong[0]
             elif len(fields) != width:
-                says = f"{len(fields)} fields, where the first line names {width} columns"
+                last = taken[-1][0]
+                lines_of_it = f" (a quote joins lines {where} to {last})" if last > where else ""
+                says = f"{len(fields)} fields, where the first line names {width} columns{lines_of_it}"
                 yield where, None, Problem("invalid_row", says)
             else:
                 yield where, dict(zip(self.columns, fields, strict=True)), None
@@ -216,6 +221,8 @@ def _json_lines(lines: Lines) -> Iterator[Record]:
             value, end = scan(text, 0)
             if end != len(text):
                 raise json.JSONDecodeError("Extra data", text, end)
+            if text.count("{") + text.count("[") > _DEEPEST and _depth(value) > _DEEPEST:
+                raise RecursionError
             if "\\ud" in text or "\\uD" in text:  # half of a character has no UTF-8
                 json.dumps(value, ensure_ascii=False).encode()
         except UnicodeDecodeError:
@@ -243,6 +250,15 @@ def _json_lines(lines: Lines) -> Iterator[Record]:
                 yield number, value, None
             else:
                 yield number, None, Problem("invalid_row", f"a JSON object is needed, not {_called(value)}")
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects are in each other."""
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
 
 
 def _refuse_constant(name: str) -> None:

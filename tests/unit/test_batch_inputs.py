@@ -349,6 +349,7 @@ def test_pictures_that_a_line_names_go_along(folder: Path) -> None:
         (b'{"a": NaN}', "invalid_json", "NaN is no number there"),
         (b'{"a": "\\ud800"}', "invalid_json", "half of a character"),
         (b"[" * 100_000, "invalid_json", "nested too deep"),
+        (b'{"a": ' * 200 + b"1" + b"}" * 200, "invalid_json", "nested too deep"),
         (b'{"a": ' + b"1" * 5000 + b"}", "invalid_json", "not JSON"),
         (b'{"text": "caf\xe9"}', "wrong_encoding", "byte 14 of the line, 0xe9, is not UTF-8"),
         (b"[1]", "invalid_row", "a JSON object is needed, not an array"),
@@ -408,6 +409,12 @@ def test_another_model_is_counted(folder: Path) -> None:
         ("x,1\ny\nz,3\n", [(3, "1 fields, where the first line names 2 columns")], ["x", "z"]),
         ("x,1,2\nz,3\n", [(2, "3 fields")], ["z"]),
         ('"a\nb",1\nz\n', [(4, "1 fields")], ["a\nb"]),
+        (
+            '"a\nb"\nz,3\n',
+            [(2, "1 fields, where the first line names 2 columns (a quote joins lines 2 to 3)")],
+            ["z"],
+        ),
+        ('"stray,1\nx,2\n"quoted",3\n', [(2, "not CSV")], ["x", "quoted"]),
         (
             'x,1\n"never closed,2\ny,3\nz,4\n',
             [(3, "a quote is opened here and never closed")],
