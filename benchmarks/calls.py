@@ -1,9 +1,10 @@
 """What the local control plane costs: CPU of the plane for each no-op input of a `.map`, boots, and a plane at rest.
 
-    python benchmarks/calls.py [--inputs 10000] [--boots 5]
+    python benchmarks/calls.py [--inputs 10000] [--boots 5] [--rounds 3]
 
 Measured on a plane of its own, through the real client in this process and in real containers. Ray's published figures
-stand beside it for the reader.
+stand beside it for the reader. `--rounds N`: that many times in turn on two planes, of which one answers by grpclib's
+server instead of the plane's own (gpuctl/local/http2.py), and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.local.planes import TestPlane
+from gpuctl.local import client
+from tests.local.planes import TestPlane, eventually, image_cache
 
 APP = """
 import time
@@ -94,6 +96,34 @@ def per_input(plane: TestPlane, inputs: int) -> None:
     print(f"  {'beside it':<12}{RAY}")
 
 
+def in_turn(folder: Path, app: Path, inputs: int, rounds: int) -> None:
+    """The plane's CPU for each input with its own HTTP/2 server and with grpclib's, in turn."""
+    programs = {
+        "http2.py": ["-m", "gpuctl.local.daemon"],
+        "grpclib": [str(Path(__file__).with_name("grpclib_plane.py"))],
+    }
+    taken: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            plane = TestPlane(folder / name)
+            folders = ["--state-dir", str(plane.state_dir), "--cache-dir", str(image_cache())]
+            subprocess.run([sys.executable, *program, "--detach", *folders], check=True)
+            eventually(lambda: client.running(plane.state_dir))  # noqa: B023
+            try:
+                plane.modal("deploy", str(app))
+                command = [sys.executable, __file__, "--child", "--inputs", str(inputs)]
+                environment = plane.environment(BENCH_STATE_DIR=str(plane.state_dir))
+                done = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, check=True
+                ).stdout
+                taken[name].append(float(done.partition("plane")[2].split()[0]))
+            finally:
+                plane.down()
+    for name, values in taken.items():
+        shown = ", ".join(f"{value:.3f}" for value in sorted(values))
+        print(f"{name:<10}{statistics.median(values):6.3f} ms of the plane's CPU for each input  ({shown})")
+
+
 def boots(count: int) -> None:
     """From the call to the first line of the function, in a container that was not there."""
     import modal
@@ -129,13 +159,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--boots", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # of --rounds
     options = parser.parse_args()
+    if options.child:
+        per_input(TestPlane(Path(os.environ["BENCH_STATE_DIR"])), options.inputs)
+        return
     with tempfile.TemporaryDirectory() as folder:
+        app = Path(folder) / "bench_calls.py"
+        app.write_text(APP.format(containers=CONTAINERS))
+        if options.rounds:
+            in_turn(Path(folder), app, options.inputs, options.rounds)
+            return
         plane = TestPlane(Path(folder) / "state")
         plane.up()
         try:
-            app = Path(folder) / "bench_calls.py"
-            app.write_text(APP.format(containers=CONTAINERS))
             plane.modal("deploy", str(app))
             os.environ.update(plane.environment())
             per_input(plane, options.inputs)
