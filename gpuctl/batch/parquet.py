@@ -90,8 +90,10 @@ class ParquetTable:
             self._write_again()
         schema = self._schema()
         arrays = [
-            pyarrow.array(_as(self._types[name], cells), type=schema.field(name).type)
-            for name, cells in self._cells.items()
+            _lists(cells)
+            if self._types[name] == "floats"
+            else pyarrow.array(_as(self._types[name], cells), type=kind)
+            for (name, cells), kind in zip(self._cells.items(), schema.types, strict=True)
         ]
         self._writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
         for cells in self._cells.values():
@@ -162,3 +164,19 @@ def _vector(cell: Any) -> array[float] | None:
             f"a row was answered by {what}: no column of Parquet holds that", hint="--format jsonl does"
         )
     return array("f", [float("nan") if number is None else number for number in cell])
+
+
+def _lists(vectors: list[array[float] | None]) -> Any:
+    """Lists of numbers without a Python object for each number."""
+    import pyarrow
+
+    numbers, ends = array("f"), [0]
+    for vector in vectors:
+        numbers.extend(vector or ())
+        ends.append(len(numbers))
+    # A list that starts nowhere is null.
+    offsets = [
+        None if vector is None else start for vector, start in zip([*vectors, array("f")], ends, strict=True)
+    ]
+    values = pyarrow.Array.from_buffers(pyarrow.float32(), len(numbers), [None, pyarrow.py_buffer(numbers)])
+    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets, type=pyarrow.int32()), values)

@@ -203,10 +203,10 @@ def test_types_of_parquet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_embeddings_in_parquet_are_lists_of_numbers(folder: Path) -> None:
     body = {"data": [{"embedding": [0.25, -1.5]}]}
-    write("out.parquet", results(body, {"data": [{"embedding": []}]}), Url.EMBEDDINGS)
+    write("out.parquet", results(None, body, {"data": [{"embedding": []}]}, None, body), Url.EMBEDDINGS)
     table = parquet.read_table("out.parquet")
     assert str(table.schema.field("answer").type).startswith("list<")
-    assert table.to_pydict() == {"answer": [[0.25, -1.5], []]}
+    assert table.to_pydict() == {"answer": [None, [0.25, -1.5], [], None, [0.25, -1.5]]}
     with pytest.raises(GpuctlError, match="several embeddings"):
         write("out.parquet", results({"data": body["data"] * 2}), Url.EMBEDDINGS)
     assert parquet.read_table("out.parquet").equals(table)
