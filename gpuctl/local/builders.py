@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
-from gpuctl.local.images import BuiltImage, ImageBuildError, place_in
+from gpuctl.local.images import BuiltImage, ImageBuildError, follow_in, place_in
 from gpuctl.local.store import Deployment, Layout
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Builders:
         brought: list[Path] = []  # what the client mounts is not part of the image
 
         def adapt(spec: ContainerSpec) -> ContainerSpec:
-            places = [place_in(image.tree, file.path) for file in spec.files]
+            places = [place_in(image.tree, follow_in(image.tree, file.path)) for file in spec.files]
             brought.extend(place for place in places if place is not None and not place.exists())
             return dataclasses.replace(spec, image=image, build_root=root)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from gpuctl.errors import GpuctlError
 from gpuctl.local import sandbox
 from gpuctl.local.egress import EgressProxy
-from gpuctl.local.images import CLIENT_PATH, IMAGE_PATH, BuiltImage, place_in, tops
+from gpuctl.local.images import CLIENT_PATH, IMAGE_PATH, BuiltImage, follow, follow_in, place_in, tops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -307,7 +307,7 @@ class ContainerRuntime:
         for path, source in [] if building else spec.image.large.items():
             filesystem.bind(source, path, read_only=True)
         for source, target in places:
-            filesystem.bind(source, target, read_only=False)  # the container's own copies
+            filesystem.place(source, target)  # the container's own copies
         for volume in spec.volumes:
             for source, target in places:
                 if volume.path.startswith(target + "/"):
@@ -339,12 +339,26 @@ class ContainerRuntime:
             *((f.host, f.path) for f in spec.files),
             *((host, path) for path, host in spec.image.files.items() if host not in large),
         ]
-        for host, path in files:
-            inside = os.path.normpath("/" + path).lstrip("/")
-            place = folder / inside if inside.startswith(("root/", "tmp/")) else folder / "files" / inside
+
+        def place_of(path: str) -> Path:
+            inside = path.lstrip("/")
+            return folder / inside if inside.startswith(("root/", "tmp/")) else folder / "files" / inside
+
+        for host, path in sorted(files, key=lambda file: not file[0].is_symlink()):
+            path = follow(path, place_of)
+            if host.is_dir() and not host.is_symlink() and sandbox.on_host(path):
+                continue
+            inside, place = path.lstrip("/"), place_of(path)
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(host, place)
-            shutil.copymode(host, place)
+            if host.is_symlink():
+                place.symlink_to(os.readlink(host))
+            elif host.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                if place.is_symlink():
+                    place.unlink()
+                shutil.copyfile(host, place)
+                shutil.copymode(host, place)
             if place.is_relative_to(folder / "files"):
                 top = "/" + inside
                 while not os.path.lexists(os.path.dirname(top)):
@@ -354,9 +368,11 @@ class ContainerRuntime:
 
     def _place_build_files(self, spec: ContainerSpec, folder: Path) -> list[tuple[Path, str]]:
         """The same for the build of an image: in its own tree, whose places are bound as they are."""
-        files = spec.image.tree / "files"
+        tree = spec.image.tree
+        files = tree / "files"
         for file in spec.files:
-            place = place_in(spec.image.tree, file.path) or folder / os.path.normpath(file.path).lstrip("/")
+            path = follow_in(tree, file.path)
+            place = place_in(tree, path) or folder / path.lstrip("/")
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file.host, place)
             shutil.copymode(file.host, place)

@@ -82,9 +82,16 @@ class BuiltImage:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """What COPY and shell commands put outside the virtual environment."""
-        root = self.tree / "files"
-        return {"/" + str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
+        """What COPY and shell commands put outside the virtual environment: files, links, and empty folders."""
+        root, found = self.tree / "files", {}
+        for at, folders, names in os.walk(root):
+            links = [name for name in folders if os.path.islink(os.path.join(at, name))]
+            if not folders and not names and at != str(root):
+                found["/" + os.path.relpath(at, root)] = Path(at)
+            for name in (*names, *links):
+                place = Path(at, name)
+                found["/" + str(place.relative_to(root))] = place
+        return found
 
     @cached_property
     def large(self) -> dict[str, Path]:
@@ -111,6 +118,31 @@ def place_in(tree: Path, path: str) -> Path | None:
     return tree / "files" / inside
 
 
+def follow_in(tree: Path, path: str) -> str:
+    """`path` with the links in it followed that the image of this tree has."""
+    return follow(path, lambda inside: place_in(tree, inside))
+
+
+def follow(path: str, place_of: Callable[[str], Path | None]) -> str:
+    """`path` in a container with the links in it followed as there, not as on this machine, where they lead elsewhere.
+
+    `place_of` says where on this machine a path of the container is kept.
+    """
+    path = os.path.normpath("/" + path.lstrip("/"))
+    for _ in range(40):  # as many as the kernel follows
+        parts = path.split("/")[1:]
+        for count in range(1, len(parts)):  # what is written replaces a link at the end
+            prefix = "/" + "/".join(parts[:count])
+            place = place_of(prefix)
+            if place is not None and place.is_symlink():
+                target = os.path.join(os.path.dirname(prefix), os.readlink(place), *parts[count:])
+                path = os.path.normpath("/" + target.lstrip("/"))
+                break
+        else:
+            return path
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+
+
 def tops(files: Path) -> list[tuple[Path, str]]:
     """(place on this machine, path in the container) of what an image has outside /root: each folder that this machine
     lacks, as a whole, and each file in one that it has.
@@ -120,7 +152,9 @@ def tops(files: Path) -> list[tuple[Path, str]]:
     while waiting:
         for place in sorted(waiting.pop().iterdir()):
             path = "/" + str(place.relative_to(files))
-            shared = place.is_dir() and not place.is_symlink() and Path(path).is_dir()
+            own = any(path.startswith(f"{top}/") for top in sandbox.OWN_PLACES)  # not this machine's
+            there = path in sandbox.OWN_PLACES or (Path(path).is_dir() and not own)
+            shared = there and place.is_dir() and not place.is_symlink()
             if shared and (path == "/tmp" or not path.startswith("/tmp/")):
                 waiting.append(place)
             else:
@@ -329,10 +363,10 @@ class ImageStore:
 
 _PATH = f"{IMAGE_PATH}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _READ_ONLY_HINT = (
-    ": here a build can write to /root, /tmp, the Python environment, what add_local_… copied and new folders at "
-    "the top; the rest is this machine's own system, read-only"
+    ": here a build can write to /root, /tmp, /home, /mnt, /srv, the Python environment, what add_local_… copied and "
+    "new folders at the top; the rest is this machine's own system, read-only"
 )
-_FORMAT = 1  # of the trees; raise it when old ones can no longer be used
+_FORMAT = 2  # of the trees; raise it when old ones can no longer be used
 
 
 class _LayerBuild:
@@ -508,7 +542,8 @@ class _LayerBuild:
     def _on_disk(self, path: str) -> Path:
         """Where in the tree a file of the image is; what is copied to /tmp is there for the commands of builds."""
         tree = self._tree()
-        return place_in(tree, path) or tree / "files" / os.path.normpath(path).lstrip("/")
+        path = follow_in(tree, path)
+        return place_in(tree, path) or tree / "files" / path.lstrip("/")
 
     def _place(self, host: Path, target: str) -> None:
         place = self._on_disk(target)
@@ -640,7 +675,7 @@ class _LayerBuild:
         (scratch / "tmp").mkdir(parents=True)
         filesystem.bind(scratch / "tmp", "/tmp", read_only=False)
         for source, target in tops(tree / "files"):
-            filesystem.bind(source, target, read_only=False)
+            filesystem.place(source, target)
         installer = {
             k: v
             for k, v in os.environ.items()
@@ -686,13 +721,20 @@ class _LayerBuild:
 
 
 def _keep_tops(root: Path, files: Path) -> None:
-    """What a program made at the top of its container, where the host has nothing, becomes the image's."""
-    for made in root.iterdir():
-        if made.name.startswith("__") or os.path.lexists(f"/{made.name}") or made.is_symlink():
-            continue
-        empty = made.is_dir() and not any(made.iterdir())  # a place that something was bound to
-        if not empty and not (files / made.name).exists():
-            shutil.move(made, files / made.name)
+    """What a program made at the top of its container, where the host has nothing, becomes the image's; so does what
+    it made in the folders that are a container's own.
+    """
+    own = [root / place.lstrip("/") for place in sandbox.OWN_PLACES]
+    made = [place for place in root.iterdir() if place not in own and not os.path.lexists(f"/{place.name}")]
+    for place in own:
+        made += place.iterdir() if place.is_dir() else ()
+    for place in made:
+        kept = files / place.relative_to(root)
+        if place.is_symlink() and kept.is_symlink():
+            kept.unlink()
+        if not place.name.startswith("__") and not os.path.lexists(kept):
+            kept.parent.mkdir(exist_ok=True)
+            shutil.move(place, kept)
 
 
 def find_python(wanted: str) -> tuple[str, str]:

@@ -47,6 +47,8 @@ _HIDDEN = (
     "/srv",
     "/tmp",
 )
+# Those of them that a container has as folders of its own, and that an image may fill.
+OWN_PLACES = ("/home", "/media", "/mnt", "/srv")
 _GPU_DEVICES = ("nvidia", "dri")
 
 
@@ -80,8 +82,11 @@ class Filesystem:
         self.hide = tuple(folder for folder in dict.fromkeys(real) if folder != Path("/"))  # HOME=/ happens
         self._base.append(Mount("bind", "/", str(self.root)) if self.root else Mount("tmpfs", "/"))
         self._base += self._children("/", skip=_HIDDEN)
-        for place in ("/home", "/mnt", "/run", "/srv", "/media"):
-            self._base.append(Mount("tmpfs", place))
+        for place in OWN_PLACES:
+            self._base.append(Mount("dir" if self.root else "tmpfs", place))
+        self._base.append(Mount("tmpfs", "/run"))
+        if os.path.isdir("/var/tmp") and not os.path.islink("/var"):
+            self._base.append(Mount("tmpfs", "/var/tmp"))
         self._base.append(Mount("proc", "/proc"))
         self._devices()
         self._resolver()
@@ -100,6 +105,15 @@ class Filesystem:
     def bind(self, source: Path, target: str, *, read_only: bool) -> None:
         """Show `source` (a file or folder of the host) at `target`, which need not exist on the host."""
         self._placed.append(Mount("ro_bind" if read_only else "bind", self._real(target), str(source)))
+
+    def place(self, source: Path, target: str) -> None:
+        """The same, writable, for what a container's own program may have made: a link stays one, and leads where it
+        would in the container.
+        """
+        if source.is_symlink():
+            self._placed.append(Mount("symlink", self._real(target), os.readlink(source)))
+        else:
+            self.bind(source, target, read_only=False)
 
     def show(self, folder: Path) -> None:
         """Show a host folder, read-only, at its own path, where it would otherwise be hidden."""
@@ -181,6 +195,11 @@ class Filesystem:
         while not os.path.isdir(ancestor):
             ancestor = os.path.dirname(ancestor)
         return "" if ancestor == "/" else ancestor
+
+
+def on_host(path: str) -> bool:
+    """Whether containers find there what this machine has."""
+    return os.path.lexists(path) and not _within(path, _HIDDEN)
 
 
 def _within(path: str, places: tuple[str, ...]) -> bool:

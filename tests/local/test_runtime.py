@@ -606,3 +606,44 @@ def test_the_socket_folder_is_remembered_before_it_is_made(
     third = sockets.make(tmp_path)
     assert len(str(third)) < 30
     sockets.remove(tmp_path)
+
+
+def test_what_commands_leave_in_folders_of_the_container_s_own(
+    store: ImageStore, base: BuiltImage, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of this machine")
+    (tmp_path / "folder").mkdir()
+    note = tmp_path / "note"
+    note.write_text("copied\n")
+    commands = [
+        "FROM base",
+        "RUN for d in /home /mnt /srv /media; do mkdir $d/made && echo $d > $d/made/f; done",
+        f"RUN mkdir -p /models/empty /home/empty && cd /models && ln -s {secret} out && ln -s ../srv/made rel",
+        f"RUN ln -s /models /models-1 && ln -s {tmp_path / 'folder'} /models/way && ln -s /models /root/way",
+        "COPY /note /models/way/note",
+        "COPY /note /root/way/note",
+    ]
+    first, _ = build(store, commands, base.id, note=note)
+    second, _ = build(
+        store, ["FROM base", "RUN cat /models/note && ls /models-1/empty /home/made/f"], first.id
+    )
+    assert not any((tmp_path / "folder").iterdir()), "no link leads out of the image"
+    code, out, err = run(
+        second,
+        """
+        import os
+        print([open(f"{d}/made/f").read().strip() for d in ("/home", "/mnt", "/srv", "/media")])
+        print(os.listdir("/models/empty"), os.listdir("/home/empty"), os.readlink("/models-1"))
+        print(open("/models-1/rel/f").read().strip(), os.path.exists("/models/out"), open("/root/way/note").read())
+        for d in ("/home", "/home/made", "/srv", "/var/tmp", "/models"):
+            open(f"{d}/new", "w").close()
+        """,
+        tmp_path,
+    )
+    assert code == 0, err
+    assert out.splitlines()[:3] == [
+        "['/home', '/mnt', '/srv', '/media']",
+        "[] [] /models",
+        "/srv False copied",
+    ]
