@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.render import Code, engine_context, header, rendered, resources_context
@@ -62,24 +63,26 @@ def render_batch(
     # Twice: which imports it needs is known when it is there.
     context |= {"modules": [], "abstract": Code("Iterable"), "typing": Code("Any")}
     context |= _imports(rendered("batch/app.py.jinja", context))
-    return rendered("batch/app.py.jinja", context)
+    # Where a piece is left out, the empty lines around it stay.
+    return re.sub(r"\n{4,}", "\n\n\n", rendered("batch/app.py.jinja", context))
 
 
 # What the pieces use of the standard library by the module's name, and of collections.abc by its own.
 _MODULES = (
     "asyncio", "base64", "collections", "concurrent.futures", "contextlib", "dataclasses", "functools", "gc",
-    "gzip", "heapq", "importlib.util", "inspect", "io", "itertools", "json", "math", "os", "pathlib", "queue",
-    "random", "re", "secrets", "shlex", "shutil", "struct", "subprocess", "sys", "tempfile", "threading", "time",
-    "traceback", "types", "uuid",
+    "gzip", "heapq", "importlib.util", "inspect", "io", "itertools", "json", "logging", "math", "os", "pathlib",
+    "queue", "random", "re", "secrets", "shlex", "shutil", "struct", "subprocess", "sys", "tempfile", "threading",
+    "time", "traceback", "types", "urllib.parse", "urllib.request", "uuid",
 )  # fmt: skip
 _ABSTRACT = ("AsyncIterator", "Awaitable", "Callable", "Iterable", "Iterator", "Mapping", "Sequence")
 
 
 def _imports(source: str) -> dict[str, Any]:
     """The imports that the pieces of a module need: a name that nothing uses is not imported."""
-    used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    nodes = list(ast.walk(ast.parse(source)))
+    used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Name | ast.Attribute)}
     abstract = [name for name in _ABSTRACT if name in used or f"[{name}" in source]
     return {
-        "modules": [Code(module) for module in _MODULES if module.partition(".")[0] in used],
+        "modules": [Code(module) for module in _MODULES if module in used],
         "abstract": Code(", ".join(abstract)),
     }

@@ -13,11 +13,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]  # where commands are typed
 
 
 def cases() -> list[Path]:
     """The folders, by name."""
     return sorted(path.parent for path in HERE.glob("*/command.txt"))
+
+
+def of(verb: str) -> list[Path]:
+    """The cases of a verb."""
+    return [case for case in cases() if words(case)[0] == verb]
 
 
 def words(case: Path) -> list[str]:
@@ -33,11 +39,12 @@ def rendered(case: Path) -> str:
 
     verb, *rest = words(case)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT):
         code = main([verb, "--dry-run", *rest])
     if code != 0:
         raise AssertionError(f"{case.name}: exit {code}: {err.getvalue()}")
-    return out.getvalue()
+    # A function's file stands there by its whole path.
+    return out.getvalue().replace(f'"{ROOT}/', '"/home/ann/gpuctl/')
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent for path in GOLDEN.glob("*/command.txt"))
+SERVED = [case for case in CASES if not case.name.startswith("batch-")]
+BATCHES = [case for case in CASES if case.name.startswith("batch-")]
 INSTALLS = re.compile(
     r"^    \.(?:uv_pip_install|pip_install|apt_install|run_commands)\(.*?\)\n(?=    \.)", re.M | re.S
 )
@@ -32,7 +34,7 @@ def without_packages(source: str) -> str:
     return kept
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_modal_deploys_it(case: Path, plane: TestPlane, tmp_path: Path) -> None:
     source = without_packages((case / "app.py").read_text(encoding="utf-8"))
     name = f"golden-{case.name}"
@@ -60,6 +62,19 @@ def test_modal_deploys_it(case: Path, plane: TestPlane, tmp_path: Path) -> None:
     assert len(info["volumes"]) == source.count("modal.Volume.")
     for setting in ("min_containers", "max_containers", "scaledown_window"):
         assert f"    {setting}={info[setting]},\n" in source
+
+
+@pytest.mark.parametrize("case", BATCHES, ids=lambda case: case.name)
+def test_modal_deploys_a_job(case: Path, plane: TestPlane, tmp_path: Path) -> None:
+    source = without_packages((case / "app.py").read_text(encoding="utf-8"))
+    name = f"golden-{case.name}"
+    file = tmp_path / "job.py"
+    source = re.sub(r"^APP_NAME = .*$", f'APP_NAME = "{name}"', source, flags=re.M)
+    file.write_text(source.replace("/home/ann/gpuctl", str(GOLDEN.parents[1])), encoding="utf-8")
+    deployed = plane.modal("deploy", str(file), HF_TOKEN="of-this-test").stdout
+    assert "App deployed" in deployed
+    assert name in [row["name"] for row in plane.json("volume", "list")]
+    plane.modal("app", "stop", name, "--yes")
 
 
 def constants(source: str) -> dict[str, Any]:

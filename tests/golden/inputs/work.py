@@ -1,0 +1,5 @@
+"""A function of a user's."""
+
+
+def process(row):
+    return {"length": len(row["text"])}
