@@ -86,6 +86,7 @@ class Summary:
 
 def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
     """What the input is, and where its answers go. Its rows are read when they are iterated over."""
+    from gpuctl.batch.formats import Kind
     from gpuctl.batch.inputs import open_input
     from gpuctl.batch.outputs import Format, destination
 
@@ -94,6 +95,7 @@ def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
     like = destination(spec.output, url=Url.TRANSCRIPTIONS, form=form, errors=spec.errors)
     rows = open_input(
         spec.inputs,
+        kind=None if spec.input_format is None else Kind(spec.input_format),
         url=Url.FUNCTION if spec.function else None,
         prompt=spec.prompt,
         system=spec.system,

@@ -1,4 +1,4 @@
-"""Rows become the files of a job: shards, what travels with them, and `job.json`. May import: batch.rows, errors.
+"""Rows become the files of a job: shards, what travels with them, and `job.json`. May import: batch.answers, batch.rows, errors.
 
 A shard is what one call of a worker answers: small enough that starting it again costs little, large enough that what
 it costs itself (a call, two commits of the Volume: about a second, while the rows of other shards go on) is far below
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gpuctl.batch.answers import dumps
 from gpuctl.batch.rows import Url
 from gpuctl.errors import GpuctlError
 
@@ -105,9 +105,9 @@ def _line(row: Row, defaults: Mapping[str, Any], folder: Path, staged: Staged) -
             line["media"] = [_travel(row, n, folder) for n in range(len(row.media))]
     if row.columns is not None:
         line["columns"] = row.columns
-    text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    text = dumps(line)
     staged.characters += len(text)
-    return text.encode("utf-8", "surrogatepass") + b"\n"
+    return text.encode() + b"\n"
 
 
 def _travel(row: Row, n: int, folder: Path) -> str:

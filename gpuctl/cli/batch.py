@@ -134,6 +134,15 @@ def run(
     ] = None,
     system: Annotated[str | None, text("TEXT", "A system message before each row's.")] = None,
     messages_column: Annotated[str | None, text("COLUMN", "The column that holds a row's messages.")] = None,
+    input_format: Annotated[
+        str | None,
+        text(
+            "FORMAT",
+            "What the input is, where that is not found by itself: openai, jsonl, csv, tsv, parquet, lines, text, "
+            "audio or image.",
+            ("openai", "jsonl", "csv", "tsv", "parquet", "lines", "text", "audio", "image"),
+        ),
+    ] = None,
     encoding: Annotated[str | None, text("NAME", "The input's encoding. [default: utf-8]")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Start nothing when a row of the input is malformed.")
@@ -238,6 +247,7 @@ def run(
         prompt=prompt,
         system=system,
         messages_column=messages_column,
+        input_format=input_format,
         encoding=encoding,
         strict=strict,
         limit=limit,

@@ -38,6 +38,7 @@ DEFAULT_MAX_CONTAINERS = 1  # a finite bill; see --max-containers
 DEFAULT_RETRIES = 2
 PREFIX = "gpuctl-batch-"  # of a job's App, Volume and Dict
 LONGEST_NAME = 64 - len(PREFIX)  # Modal's names have at most 64 characters
+INPUT_FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "lines", "text", "audio", "image")
 FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "json", "txt", "srt", "vtt")
 
 _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)")
@@ -88,10 +89,10 @@ class BatchSpec:
     prompt: str | None
     system: str | None
     messages_column: str | None
+    input_format: str | None
     encoding: str | None
     strict: bool
     limit: int | None
-    dedupe: bool
     sampling: tuple[tuple[str, Any], ...]  # put into each request that does not say it itself
     name: str | None
     gpu: GpuRequest | None
@@ -134,10 +135,10 @@ class BatchSpec:
         prompt: str | None = None,
         system: str | None = None,
         messages_column: str | None = None,
+        input_format: str | None = None,
         encoding: str | None = None,
         strict: bool = False,
         limit: str | None = None,
-        dedupe: bool = False,
         max_tokens: str | None = None,
         temperature: str | None = None,
         top_p: str | None = None,
@@ -181,6 +182,8 @@ class BatchSpec:
         if output is None:
             read.problem("--output: needed: where the answers go, such as -o answers.jsonl")
         answers = output or "-"
+        if answers != "-" and any(_same_file(answers, name) for name in inputs):
+            read.problem(f"--output: {answers!r} is the input; the answers need a file of their own")
         read.one_of("--format", format, FORMATS)
         auto = (model is not None and target is Target.MODAL) if gpu is None else gpu.strip().lower() == AUTO
         if auto and function is not None:
@@ -238,10 +241,10 @@ class BatchSpec:
             prompt=prompt,
             system=system,
             messages_column=messages_column,
+            input_format=read.one_of("--input-format", input_format, INPUT_FORMATS),
             encoding=encoding,
             strict=strict,
             limit=read.optional_whole("--limit", limit, unit="rows"),
-            dedupe=dedupe,
             sampling=sampling,
             name=name,
             gpu=gpu_request,
@@ -301,6 +304,13 @@ class BatchSpec:
         """How the engine's image is built for the device of the target."""
         engine = catalog.vllm()
         return engine.cpu if self.target is Target.LOCAL else engine.cuda
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except OSError:
+        return False
 
 
 def _sampling(

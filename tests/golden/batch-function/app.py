@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import traceback
+import urllib.parse
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
@@ -503,6 +504,8 @@ class Line:
         if "bad" in row:
             shard.end(row, None, row["bad"])
             return
+        if "media" in row:
+            place(row)
         key = next(self.keys)
         try:
             self.processor.start(key, row)
@@ -557,6 +560,27 @@ class Line:
         live.put(TASK, {"began": BEGAN, "seen": time.time(), "shards": self.counted})
         if live.get("stop") == self.run_id:
             self.stopping.set()
+
+
+def place(row: dict[str, Any]) -> None:
+    """Say where the files of a row are, in its request: as a path for a function, which
+    may want to open it, and as a URL where OpenAI's API has one."""
+    files = [str(DATA / name) for name in row.pop("media")]
+    if row["url"] != "function":
+        files = ["file://" + urllib.parse.quote(file) for file in files]
+    row["body"] = with_files(row["body"], files)
+    if row["url"] == "/v1/audio/transcriptions" and "file" in row["body"]:
+        row["body"]["file_url"] = row["body"].pop("file")
+
+
+def with_files(value: Any, files: list[str]) -> Any:
+    if isinstance(value, list):
+        return [with_files(one, files) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"$media"} and isinstance(value["$media"], int):
+        return files[value["$media"]]
+    return {name: with_files(one, files) for name, one in value.items()}
 
 
 Group = list[tuple[int, Any]]  # rows with their keys
