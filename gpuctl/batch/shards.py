@@ -1,4 +1,4 @@
-"""Rows become the files of a job: shards, what travels with them, and `job.json`. May import: batch.answers, batch.rows, errors.
+"""Rows become the files of a job: shards, what travels with them, and `job.json`. May import: rows, answers, errors.
 
 A shard is what one call of a worker answers: small enough that starting it again costs little, large enough that what
 it costs itself (a call, two commits of the Volume: about a second, while the rows of other shards go on) is far below
