@@ -15,6 +15,11 @@ from typing import Any
 from gpuctl import render
 
 IMPORTS = """\
+import secrets
+import random
+import heapq
+import gzip
+import contextlib
 import asyncio
 import base64
 import collections
@@ -41,7 +46,7 @@ import types
 import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 
 class Refused(Exception):

@@ -1,0 +1,217 @@
+"""What runs in a job's containers: rows through a processor, what is saved when, and what attempts leave behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from collections import deque
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import pieces
+
+PIECES = ("batch/ledger.py.jinja", "batch/worker.py.jinja")
+
+
+class Echo:
+    """A processor that answers in the order in which rows came, and does what a row says."""
+
+    def __init__(self, runtime: ModuleType, capacity: int = 4) -> None:
+        self.runtime = runtime
+        self.capacity = capacity
+        self.waiting: deque[tuple[int, dict[str, Any]]] = deque()
+        self.together: list[list[int]] = []  # rows that were in flight at once
+        self.tries: dict[int, int] = {}
+
+    def start(self, key: int, row: dict[str, Any]) -> None:
+        if row["body"].get("refuse"):
+            raise self.runtime.Refused("too_long", "it is too long")
+        self.waiting.append((key, row))
+
+    def step(self) -> list[tuple[int, object]]:
+        self.together.append([row["row"] for _, row in self.waiting])
+        key, row = self.waiting.popleft()
+        body, number = row["body"], row["row"]
+        self.tries[number] = self.tries.get(number, 0) + 1
+        if self.tries[number] <= body.get("fails", 0):
+            return [(key, self.runtime.Failed("exception", "no luck", retry=body.get("again", True)))]
+        return [(key, body.get("answer", {"n": number}))]
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    made = pieces.module(
+        *PIECES,
+        folder=tmp_path,
+        constants={
+            "TASK": "ta-1",
+            "BEGAN": 0.0,
+            "SAVE_SECONDS": 0.02,
+            "RETRIES": 1,
+            "DEATHS": 2,
+            "WAVE": 32,
+            "DIED": "died",
+        },
+    )
+    made.DATA = tmp_path / "job"  # type: ignore[attr-defined]
+    made.volume = SimpleNamespace(commit=lambda: None, reload=lambda: None)  # type: ignore[attr-defined]
+    made.live = SimpleNamespace(put=lambda *_: None, get=lambda _: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(made.random, "uniform", lambda *_: 0.0)
+    return made
+
+
+def shard(runtime: ModuleType, rows: list[dict[str, Any]], number: int = 0) -> None:
+    file = runtime.input_file(number)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"row": n, "id": f"id-{n}", "url": "function", "body": row})
+        for n, row in enumerate(rows, 1000 * number)
+    ]
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+
+
+def answers(runtime: ModuleType, number: int = 0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in runtime.read_gzip(runtime.answers_file(number))]
+
+
+def test_every_row_ends_once_in_order(runtime: ModuleType) -> None:
+    rows: list[dict[str, Any]] = [{} for _ in range(50)]
+    rows[3] = {"refuse": True}
+    rows[4] = {"fails": 1}  # and then it works
+    rows[5] = {"fails": 9}
+    rows[6] = {"fails": 9, "again": False}
+    rows[7] = {"answer": float("nan")}
+    shard(runtime, rows)
+    processor = Echo(runtime)
+    counts = runtime.Line(processor).work(0, "run")
+    assert (counts["rows"], counts["failed"], counts["ended"]) == (50, 4, 1)
+    found = answers(runtime)
+    assert [line["row"] for line in found] == list(range(50))
+    assert {line["row"]: line["error"]["code"] for line in found if "error" in line} == {
+        3: "too_long",
+        5: "exception",
+        6: "exception",
+        7: "not_json",
+    }
+    assert found[5]["error"]["message"] == "no luck (tried 2 times)"
+    assert found[6]["error"]["message"] == "no luck"
+    assert found[4]["answer"] == {"n": 4}
+    assert max(map(len, processor.together)) == 4, "as many at once as it wants, and no more"
+    assert not runtime.parts_folder(0).exists()
+
+
+def test_shards_share_the_processor_without_a_pause(runtime: ModuleType) -> None:
+    for number in range(3):
+        shard(runtime, [{} for _ in range(9)], number)
+    processor = Echo(runtime)
+    line = runtime.Line(processor)
+    threads = [threading.Thread(target=line.work, args=(number, "run")) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(3):
+        assert len(answers(runtime, number)) == 9
+
+
+def part(runtime: ModuleType, name: str, *lines: Any, torn: str = "", number: int = 0) -> None:
+    folder = runtime.parts_folder(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    (folder / name).write_text(text + torn)
+
+
+def test_an_attempt_goes_on_where_others_stopped(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(6)])
+    part(
+        runtime,
+        "1",
+        {"begin": "a"},
+        {"row": 0, "id": "id-0", "answer": "first"},
+        torn='{"row":1,"id":"id-1","ans',
+    )
+    part(runtime, "2", {"begin": "b"}, {"row": 0, "id": "id-0", "answer": "second"}, {"end": "stopped"})
+    processor = Echo(runtime)
+    runtime.Line(processor).work(0, "run")
+    assert [line["answer"] for line in answers(runtime)] == ["first", *({"n": n} for n in range(1, 6))]
+    assert 0 not in processor.tries, "what ended is not done again"
+
+
+def test_what_another_attempt_published_stays(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(3)])
+    runtime.Line(Echo(runtime)).work(0, "run")
+    before = runtime.answers_file(0).read_bytes()
+    processor = Echo(runtime)
+    counts = runtime.Line(processor).work(0, "run")
+    assert (counts["rows"], counts["ended"]) == (3, 1)
+    assert not processor.tries
+    assert runtime.answers_file(0).read_bytes() == before
+
+
+def test_after_deaths_rows_are_tried_few_at_a_time(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(100)])
+    part(runtime, "1", {"begin": "a"})
+    part(runtime, "2", {"begin": "b"})
+    processor = Echo(runtime, capacity=1000)
+    runtime.Line(processor).work(0, "run")
+    assert max(map(len, processor.together)) == 32
+    assert len(answers(runtime)) == 100
+
+
+def test_the_suspects_come_first_and_in_the_end_alone(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(100)])
+    shard(runtime, [{} for _ in range(100)], number=1)
+    part(runtime, "1", {"begin": "a"})
+    part(runtime, "2", {"begin": "b"}, {"trying": [40, 41, 42], "alone": False})
+    processor = Echo(runtime, capacity=1000)
+    line = runtime.Line(processor)
+    beside = threading.Thread(target=line.work, args=(1, "run"))
+    beside.start()
+    line.work(0, "run")
+    beside.join()
+    assert [rows for rows in processor.together if {40, 41, 42} & set(rows)] == [[40], [41], [42]]
+    assert len(answers(runtime)) == len(answers(runtime, 1)) == 100
+
+
+def test_a_row_of_which_the_container_died_alone_is_given_up(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(40)])
+    part(runtime, "1", {"begin": "a"})
+    part(runtime, "2", {"begin": "b"}, {"trying": [7, 8], "alone": False})
+    part(runtime, "3", {"begin": "c"}, {"trying": [7], "alone": True})
+    processor = Echo(runtime)
+    counts = runtime.Line(processor).work(0, "run")
+    assert (counts["rows"], counts["failed"]) == (40, 1)
+    assert answers(runtime)[7]["error"]["code"] == "container_died"
+    assert 7 not in processor.tries
+
+
+def test_a_row_that_was_last_and_not_alone_is_not_blamed(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(5)])
+    part(runtime, "1", {"begin": "a"})
+    part(runtime, "2", {"begin": "b"}, {"trying": [4], "alone": False})
+    runtime.Line(Echo(runtime)).work(0, "run")
+    assert all("error" not in line for line in answers(runtime))
+
+
+def test_files_are_named_as_the_work_wants_them(runtime: ModuleType) -> None:
+    chat = {
+        "url": "/v1/chat/completions",
+        "media": ["media/a b.png"],
+        "body": {
+            "messages": [{"content": [{"image_url": {"url": {"$media": 0}}}, {"text": {"$media": "x"}}]}]
+        },
+    }
+    runtime.place(chat)
+    (image, text) = chat["body"]["messages"][0]["content"]  # type: ignore[index]
+    assert image["image_url"]["url"] == f"file://{runtime.DATA}/media/a%20b.png"
+    assert text == {"text": {"$media": "x"}}, "a user's data, and no file"
+    audio = {"url": "/v1/audio/transcriptions", "media": ["m.wav"], "body": {"file": {"$media": 0}}}
+    runtime.place(audio)
+    assert audio["body"] == {"file_url": f"file://{runtime.DATA}/m.wav"}
+    own = {"url": "function", "media": ["m.wav"], "body": {"path": {"$media": 0}}}
+    runtime.place(own)
+    assert own["body"] == {"path": f"{runtime.DATA}/m.wav"}
