@@ -15,18 +15,16 @@ from typing import Any
 from gpuctl import render
 
 IMPORTS = """\
-import secrets
-import random
-import heapq
-import gzip
-import contextlib
 import asyncio
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import gc
+import gzip
+import heapq
 import importlib.util
 import inspect
 import itertools
@@ -35,6 +33,8 @@ import logging
 import os
 import pathlib
 import queue
+import random
+import secrets
 import shutil
 import struct
 import sys
