@@ -219,7 +219,9 @@ class Apps:
             and not request.deployment_tag
             and deployed
         ):
+            self._store.forget_live_settings(app.id)
             for pool in self._pools(app):
+                pool.configure()
                 pool.forgive()
             return api_pb2.AppPublishResponse(url=_page(app.id))  # no deployed_at: "no changes detected"
         deployment = Deployment(
@@ -258,10 +260,7 @@ class Apps:
             self._store.set_app(
                 app.id, **columns, deployed_at=deployment.deployed_at if state == DEPLOYED else 0
             )
-            for function_id in deployment.layout.function_ids.values():
-                self._store.set_function(
-                    function_id, settings=b""
-                )  # a deployment resets what was changed live
+            self._store.forget_live_settings(app.id)
         await self._servers.publish(deployment)
         await self._calls.publish(deployment)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gpuctl.local.workers import Settings, Worker
 
 Status = api_pb2.GenericResult
+_SUSPECT = 2  # containers that ended with an input before it gets one for itself
 _CANCEL_SECONDS = 5.0  # what the code of an input that timed out gets to end by itself
 _RETRIED = (
     Status.GENERIC_STATUS_FAILURE,
@@ -108,16 +109,21 @@ class Backlog:
         self._hand_out()
 
     def give_back(self, items: list[Input]) -> None:
-        """They come first again: their container is gone, or never got them."""
-        self._pending.extendleft(item for item in reversed(items) if not item.done)
+        """They come first again: their container is gone, or never got them. Suspects come last."""
+        items = [item for item in items if not item.done]
+        self._pending.extendleft(item for item in reversed(items) if item.crashes < _SUSPECT)
+        self._pending.extend(item for item in items if item.crashes >= _SUSPECT)
         self._hand_out()
         self._wake()
 
     # ---- to the containers
 
     def _hand_out(self) -> None:
-        """Wake as many waiting containers as there are inputs for."""
-        for _ in range(min(len(self._pending), len(self._asking))):
+        """Wake as many waiting containers as there are inputs for; all, where not each may have the next one."""
+        number = min(len(self._pending), len(self._asking))
+        if number and self._pending[0].crashes >= _SUSPECT:
+            number = len(self._asking)
+        for _ in range(number):
             worker = self._asking.pop()
             if worker.stop_asking():
                 # It has not taken its input yet: nobody else is to have its core meanwhile.
@@ -128,7 +134,10 @@ class Backlog:
         if not worker.ready_at or worker.ending or self.settings.single_use:
             return None
         while self._pending:
-            item = self._pending.popleft()
+            item = self._pending[0]
+            if not item.done and not _goes_with(item, worker):
+                return None
+            self._pending.popleft()
             if not item.done:
                 self._claim(worker, item)
                 return item
@@ -162,8 +171,10 @@ class Backlog:
                 if item.done:
                     self._pending.popleft()
                     continue
-                if items and item.method != items[0].method:
+                if items and (item.method != items[0].method or not _goes_with(item, worker)):
                     return items
+                if not _goes_with(item, worker):
+                    break
                 self._pending.popleft()
                 self._claim(worker, item)
                 items.append(item)
@@ -211,6 +222,8 @@ class Backlog:
         worker.note_input()
         if not worker.inputs:
             worker.idle_since = self.last_input = time.monotonic()
+        if self._pending:
+            worker.stop_asking()  # it may have waited until it has nothing else
         status = answer.result.status
         if item.done:  # it was cancelled or timed out; its caller was told, or it is tried again already
             return True
@@ -318,3 +331,14 @@ class Backlog:
                 self._say(text, worker.id)
                 if not self._retry(item):
                     self.fail(item, Status.GENERIC_STATUS_TIMEOUT, text)
+
+
+def _goes_with(item: Input, worker: Worker) -> bool:
+    """Whether the container may have it beside the inputs that it has.
+
+    One with which two containers have ended is alone in the next, lest it takes the same others with it each time.
+    """
+    inputs = worker.inputs
+    return not inputs or (
+        item.crashes < _SUSPECT and all(other.crashes < _SUSPECT for other in inputs.values())
+    )

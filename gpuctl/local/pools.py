@@ -204,8 +204,8 @@ class Pool:
                 self._dismiss(worker)
         current = [w for w in staying if not w.leaving]
         for worker in current:
-            launched = worker.task.launched_at
-            if launched and not worker.ready_at and now - launched > settings.startup_timeout:
+            since = worker.task.loading_since
+            if since and not worker.ready_at and now - since > settings.startup_timeout:
                 worker.late = True
                 worker.task.failure = (
                     f"not ready within its startup_timeout of {settings.startup_timeout:g} s"

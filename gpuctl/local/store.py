@@ -376,6 +376,10 @@ class Store:
         settings = ", ".join(f"{column} = ?" for column in columns)
         self._db.execute(f"UPDATE functions SET {settings} WHERE id = ?", [*columns.values(), function_id])  # noqa: S608
 
+    def forget_live_settings(self, app_id: str) -> None:
+        """A deployment resets what was changed of the app's functions while they ran."""
+        self._db.execute("UPDATE functions SET settings = x'' WHERE app_id = ? AND settings <> x''", [app_id])
+
     def add_definition(self, definition_id: str, function_id: str, digest: str, data: bytes) -> str:
         """Keep a definition; one that is there already keeps its id, which is returned."""
         row = self._db.execute(

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_BOOT_SECONDS = 60.0  # what a container has, before it loads the user's code, on a busy machine
 EXIT_HOOK_SECONDS = 30.0  # what @modal.exit methods get after SIGTERM, as in the cloud
 
 
@@ -57,7 +58,9 @@ class Task:
     secret: str
     enqueued_at: float
     container: Container | None = None
-    launched_at: float = 0.0  # when its program was started, by time.monotonic()
+    loading_since: float = (
+        0.0  # when it began to load the user's code, by time.monotonic(); 0: it has not started
+    )
     announced: asyncio.Event = field(default_factory=asyncio.Event)  # its enter methods have run
     server: bool = False  # it runs a server, and ends by SIGTERM; the others by SIGINT
     failure: str = ""  # what its own code reported as the reason of its end
@@ -161,7 +164,7 @@ class Tasks:
             task.server = spec.isolated_network
             task.isolated = spec.isolated_network or spec.block_network
             task.container = await self._runtime.start(spec)
-            task.launched_at = time.monotonic()
+            task.loading_since = time.monotonic() + _BOOT_SECONDS
         except Exception as error:
             message = (
                 error.problems[0] if isinstance(error, GpuctlError) else str(getattr(error, "message", error))
@@ -313,8 +316,14 @@ class Tasks:
             raise conflict("Only a container can say this.")
         return task
 
-    @rpc("ContainerHello", "ContainerLog")
-    async def hello(self, _request: Any, _call: Call) -> Any:
+    @rpc("ContainerHello")
+    async def hello(self, _request: Any, call: Call) -> Any:
+        if task := self.live.get(call.task_id):
+            task.loading_since = time.monotonic()
+        return empty()
+
+    @rpc("ContainerLog")
+    async def log(self, _request: Any, _call: Call) -> Any:
         return empty()
 
     @rpc("ContainerServerLifecycleReady")

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 DEFAULT_SCALEDOWN_WINDOW = 60.0
 DEFAULT_TIMEOUT = 300.0
+LEAST_STARTUP_TIMEOUT = (
+    30.0  # where it is not set apart from the timeout: this machine may be slow to start any
+)
 _HEARTBEAT_SECONDS = 14.0  # the client expects an answer within 15
 
 
@@ -45,12 +48,14 @@ class Settings:
         policy = function.retry_policy
         target = function.target_concurrent_inputs or function.max_concurrent_inputs or 1
         batch = max(function.batch_max_size, 1)
+        timeout = float(function.timeout_secs or data.timeout_secs) or DEFAULT_TIMEOUT
+        startup_timeout = float(function.startup_timeout_secs or data.startup_timeout_secs) or timeout
+        if startup_timeout == timeout:
+            # The client sends the timeout where no startup_timeout is set; one second is meant for the input then.
+            startup_timeout = max(timeout, LEAST_STARTUP_TIMEOUT)
         return cls(
-            timeout=float(function.timeout_secs or data.timeout_secs) or DEFAULT_TIMEOUT,
-            startup_timeout=float(
-                function.startup_timeout_secs or data.startup_timeout_secs or function.timeout_secs
-            )
-            or DEFAULT_TIMEOUT,
+            timeout=timeout,
+            startup_timeout=startup_timeout,
             retries=policy.retries,
             initial_delay=policy.initial_delay_ms / 1000,
             backoff=policy.backoff_coefficient or 1.0,

@@ -103,6 +103,28 @@ def test_concurrent_and_batched_inputs(deployed: TestPlane) -> None:
     script(deployed, code, name=uuid.uuid4().hex)
 
 
+def test_an_input_that_ends_its_containers_does_not_take_others_with_it(deployed: TestPlane) -> None:
+    code = """
+        calls = [function("deadly", "classes").spawn(n) for n in range(4)]
+        assert modal.FunctionCall.gather(*calls[1:]) == [1, 2, 3]
+        calls[0].cancel()
+    """
+    script(deployed, code)
+
+
+def test_a_deployment_resets_what_was_changed_live(deployed: TestPlane) -> None:
+    code = """
+        once, variant = function("once", "classes"), function("once", "classes").with_options(timeout=9)
+        for changed in (once, variant):
+            if change:
+                changed.autoscaler.update(max_containers=7, scaledown_window=5)
+            assert changed.autoscaler.settings().max_containers == (7 if change else None)
+    """
+    script(deployed, code, change=True)
+    deployed.modal("deploy", "classes.py")  # of the same
+    script(deployed, code, change=False)
+
+
 def test_how_many_containers_there_are(deployed: TestPlane) -> None:
     code = """
         def running(function, number):

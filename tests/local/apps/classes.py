@@ -82,6 +82,16 @@ def batch(xs):
     return [(x, len(xs)) for x in xs]
 
 
+@app.function(max_containers=1)
+@modal.concurrent(max_inputs=4)
+async def deadly(x):
+    """The first ends their container while the others are under way."""
+    await asyncio.sleep(0.3 if x == 0 else 3.0)
+    if x == 0:
+        os._exit(1)
+    return x
+
+
 @app.function(single_use_containers=True)
 def once(x):
     return os.environ["MODAL_TASK_ID"]
