@@ -150,6 +150,9 @@ class _Stream:
             self._finish(error)
             return
         self.task = loop.create_task(self._run(answer))
+        if inspect.iscoroutine(answer):
+            # A task that is cancelled before its first step awaits nothing.
+            self.task.add_done_callback(lambda _: answer.close())
 
     # ---- the answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import struct
 from typing import TYPE_CHECKING, Any
@@ -267,6 +268,22 @@ def test_what_is_allowed_is_no_error(tmp_path: Path) -> None:
         writer.close()
 
     serve(tmp_path, use)
+
+
+def test_a_call_that_is_withdrawn_at_once_leaves_no_warning_in_the_log(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    async def use(path: str) -> None:
+        reader, writer = await asyncio.open_unix_connection(path)
+        withdrawn = OPEN + ASK + frame(RESET, 0, 1, struct.pack(">I", 8))
+        writer.write(PREFACE + SETTINGS + withdrawn + frame(PING, 0, 0, b"are you?"))
+        while b"are you?" not in await asyncio.wait_for(reader.read(1000), 30):
+            pass
+        writer.close()
+        gc.collect()
+
+    serve(tmp_path, use)
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_nobody_s_data_is_kept_before_the_call_is_admitted(tmp_path: Path) -> None:
