@@ -15,6 +15,7 @@ from gpuctl.batch import jobs
 from gpuctl.batch.follow import RUNNING, alive, duration
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.remote import Remote
+from gpuctl.batch.render import render_batch
 from gpuctl.batch.run import destination_of, fetch, resume
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.reach import environment_name, reach
@@ -25,6 +26,7 @@ from gpuctl.times import age
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from gpuctl.batch.plan import Decided
     from gpuctl.batch.run import Summary
     from gpuctl.cli.console import Console
     from gpuctl.modal_cli import Runner
@@ -185,20 +187,35 @@ def cancel_job(remote: Remote, *, now: bool) -> None:
     remote.console.done(f"job {job.name} is stopped; `{remote.command('resume')}` goes on")
 
 
-def resume_job(remote: Remote, *, yes: bool) -> tuple[Job, str | None]:
-    """Go on with a job; the run to follow, None where there is nothing left to do."""
-    job = job_of(remote)
+def resume_job(
+    remote: Remote, job: Job, decided: Decided | None, *, retry_failed: bool, yes: bool
+) -> str | None:
+    """Go on with a job; the run to follow, None where there is nothing left to do. `decided`: on what else."""
     status = remote.read_json("status.json")
     state = Standing(job.name, job, status).state
-    if state == "done":
+    again = retry_failed and status is not None and status["failed"]
+    if state == "done" and not again:
         remote.console.note(f"job {job.name} is done: there is nothing to go on with")
-        return job, None
+        return None
     if state == RUNNING and status is not None:
         remote.console.note(f"job {job.name} runs already")
-        return job, str(status["run"])
+        return str(status["run"])
     environment = environment_name(remote.env.target, remote.environment)
     file = jobs.folder_of(remote.env.target, environment, job.name) / jobs.FILE_NAME
-    if not file.exists():
+    if decided is not None:
+        for text in decided.notes:
+            remote.console.note(text)
+        for text in decided.warnings:
+            remote.console.warn(text)
+        source = render_batch(
+            decided.spec,
+            job=job.name,
+            usd_per_second=decided.usd_per_second,
+            argv=job.argv,
+            head=("Resumed with other options than this command has.", *decided.head),
+        )
+        jobs.save(remote.env.target, environment, job, source)
+    elif not file.exists():
         raise GpuctlError(
             f"job {job.name} was started on another machine, and its file is there",
             hint="the command that started it goes on with it, on any machine that has its input",
@@ -212,7 +229,7 @@ def resume_job(remote: Remote, *, yes: bool) -> tuple[Job, str | None]:
         )
     ):
         raise GpuctlError("not resumed")
-    return job, resume(remote, file)
+    return resume(remote, file, retry_failed=retry_failed)
 
 
 def remove_job(remote: Remote, *, yes: bool) -> None:

@@ -131,9 +131,14 @@ class Remote:
                 raise gone
             raise deploy_error("\n".join(errors), code, self.env.target, self.environment)
 
-    def start(self, file: Path) -> str:
+    def start(self, file: Path, *, retry_failed: bool = False) -> str:
         """Start the driver; the name of this run, which its status carries."""
-        done = self.run("run", f"{file}::start")
+        # Options of the client come before the file, those of the file after it.
+        argv = [*MODAL, "run", *self._of_environment(), f"{file}::start"]
+        if retry_failed:
+            argv.append("--retry-failed")
+        self.console.detail(f"$ {shown(argv)}")
+        done = self.runner.run(argv, self.env)
         for line in done.stdout.splitlines():
             if done.returncode == 0 and line.startswith("{"):
                 return str(json.loads(line)["run"])

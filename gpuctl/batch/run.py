@@ -301,11 +301,11 @@ def _go_on(
     return resume(remote, file)
 
 
-def resume(remote: Remote, file: Path) -> str:
-    """Deploy and start again: what has ended stays as it is."""
+def resume(remote: Remote, file: Path, *, retry_failed: bool = False) -> str:
+    """Deploy and start again: what has ended stays as it is, with `retry_failed` but for the errors."""
     remote.deploy(file)
     remote.remove("control/stop")
-    return remote.start(file)
+    return remote.start(file, retry_failed=retry_failed)
 
 
 def finish(

@@ -1,5 +1,7 @@
 """`gpuctl batch MODEL INPUT … -o OUTPUT`, and what there is to do with a job. May import at the top: typer, options."""
 
+# ruff: noqa: ARG001 - the options of `run` are read from its context: by `resume` too, which has none of them itself
+
 from __future__ import annotations
 
 import os
@@ -29,6 +31,8 @@ from gpuctl.cli.options import (
 from gpuctl.errors import usage_error
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from typer._click import Context
 
     from gpuctl.batch.jobs import Job
@@ -231,58 +235,12 @@ def run(
     from gpuctl.batch.run import finish, prepared, read_input, start, tell
     from gpuctl.cli.console import Console
     from gpuctl.cli.serve import write_source
-    from gpuctl.specs.batch import BatchSpec
 
     if json and (dry_run or render or events):
         raise usage_error(
             "--json: tells how the job ended; it does not go with --dry-run, --render or --events"
         )
-    spec = BatchSpec.from_options(
-        work=work,
-        inputs=inputs,
-        output=output,
-        errors=errors,
-        format=format,
-        overwrite=overwrite,
-        prompt=prompt,
-        system=system,
-        messages_column=messages_column,
-        input_format=input_format,
-        encoding=encoding,
-        strict=strict,
-        limit=limit,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        json_schema=json_schema,
-        name=name,
-        gpu=gpu,
-        force=force,
-        max_containers=max_containers,
-        concurrency=concurrency,
-        batch_size=batch_size,
-        retries=retries,
-        max_cost=max_cost,
-        max_model_len=max_model_len,
-        cpu=cpu,
-        memory=memory,
-        ephemeral_disk=ephemeral_disk,
-        region=region,
-        cloud=cloud,
-        startup_timeout=startup_timeout,
-        secret=secret or (),
-        secret_from_env=secret_from_env or (),
-        env_var=env_var or (),
-        volume=volume or (),
-        env=env,
-        tag=tag or (),
-        vllm_version=vllm_version,
-        pip=pip or (),
-        apt=apt or (),
-        engine_args=ctx.meta.get(_ENGINE_ARGS, ()),
-        target=target_of(local),
-    )
+    spec = spec_of(ctx.params, ctx.meta.get(_ENGINE_ARGS, ()))
     console = Console(quiet=quiet, verbose=verbose, json=json)
     unset = [variable for variable in spec.secrets_from_env if variable not in os.environ]
     if unset and not (dry_run or render):
@@ -319,6 +277,38 @@ def run(
         console.print_document(summary.document())
     else:
         tell(summary, console)
+
+
+# What only says how to show or to ask, and no part of what a job is.
+_TALK = ("local", "dry_run", "render", "detach", "events", "yes", "json", "quiet", "verbose")
+
+
+def spec_of(params: Mapping[str, Any], engine_args: Sequence[str]) -> BatchSpec:
+    """The spec, from the parameters of `run` as they were typed."""
+    from gpuctl.specs.batch import BatchSpec
+
+    options = {name: value for name, value in params.items() if name not in _TALK}
+    for name in ("secret", "secret_from_env", "env_var", "volume", "tag", "pip", "apt"):
+        options[name] = options[name] or ()
+    return BatchSpec.from_options(**options, engine_args=engine_args, target=target_of(bool(params["local"])))
+
+
+def _spec_again(ctx: typer.Context, job: Job, changes: Mapping[str, str | None]) -> BatchSpec:
+    """The spec of a job that was started, with some options changed."""
+    from gpuctl.cli import command
+
+    words = list(job.argv[1:])
+    own, engine = (
+        (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    )
+    if own and own[0] == _RUN:
+        own = own[1:]
+    group = command().get_command(ctx, "batch")
+    assert isinstance(group, TyperGroup)
+    made = group.commands[_RUN].make_context(_RUN, own, parent=ctx.parent)
+    return spec_of(
+        {**made.params, **{name: value for name, value in changes.items() if value is not None}}, engine
+    )
 
 
 def _decided(
@@ -533,7 +523,22 @@ def cancel(
 def resume(
     ctx: typer.Context,
     job: JobName,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try rows again that ended with an error, too.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="GPU", help="Another GPU.", autocompletion=complete_gpu, show_default=False),
+    ] = None,
+    max_containers: Annotated[str | None, number("Another most of containers at a time.")] = None,
+    concurrency: Annotated[str | None, number("Another number of rows at once in a container.")] = None,
+    max_cost: Annotated[
+        str | None, text("USD", "Another cap: on all that the job costs, what was spent before included.")
+    ] = None,
+    retries: Annotated[str | None, number("Another number of further tries.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the job runs.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    output: Output = None,
     yes: Yes = False,
     local: Local = False,
     env: Environment = None,
@@ -541,14 +546,27 @@ def resume(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Go on with a job where it stopped."""
-    from gpuctl.batch.manage import resume_job
+    """Go on with a job where it stopped, also with another GPU or more containers."""
+    from gpuctl.batch.manage import job_of, resume_job, with_output
     from gpuctl.batch.run import finish, tell
     from gpuctl.cli.console import Console
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
     remote = _remote(ctx, job, local, env, console)
-    found, started = resume_job(remote, yes=yes)
+    found = job_of(remote)
+    if not detach:
+        found = with_output(found, output, overwrite=overwrite or retry_failed)
+    changes = {
+        "gpu": gpu,
+        "max_containers": max_containers,
+        "concurrency": concurrency,
+        "max_cost": max_cost,
+        "retries": retries,
+    }
+    decided = None
+    if any(value is not None for value in changes.values()):
+        decided = _decided(ctx, _spec_again(ctx, found, changes), found.argv, console, offline=False)
+    started = resume_job(remote, found, decided, retry_failed=retry_failed, yes=yes)
     if detach:
         _tell_detached(remote, found, console)
         return

@@ -234,3 +234,20 @@ def test_a_hundred_kills_over_twenty_thousand_rows(batch: Batch) -> None:
     assert killed.total() > 50, killed
     assert len(killed) == 3
     check_squares(batch, 20_000)
+
+
+def test_what_failed_is_tried_again_with_other_options(batch: Batch) -> None:
+    (batch.folder / "fussy.py").write_text(
+        "import os\n\ndef process(row):\n    if os.path.exists('/marks/fixed') or row['n'] != 3:\n"
+        "        return row['n']\n    raise ValueError('not yet')\n"
+    )
+    batch.plane.modal("volume", "create", "marks-of-batch")
+    (batch.folder / "fixed").write_text("yes")
+    words = ("fussy.py:process", batch.rows(8), "-o", "out.jsonl", "--volume", "marks-of-batch:/marks")
+    told = batch.json(*words, "--retries", "0")
+    assert (told["done"], told["failed"]) == (7, 1)
+    batch.plane.modal("volume", "put", "marks-of-batch", str(batch.folder / "fixed"), "/fixed")
+    told = batch.json("resume", told["job"], "--retry-failed", "--max-containers", "2")
+    assert (told["done"], told["failed"]) == (8, 0)
+    assert [line["response"]["body"] for line in batch.lines("out.jsonl")] == list(range(8))
+    assert not (batch.folder / "out.errors.jsonl").exists()

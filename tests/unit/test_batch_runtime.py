@@ -215,3 +215,23 @@ def test_files_are_named_as_the_work_wants_them(runtime: ModuleType) -> None:
     own = {"url": "function", "media": ["m.wav"], "body": {"path": {"$media": 0}}}
     runtime.place(own)
     assert own["body"] == {"path": f"{runtime.DATA}/m.wav"}
+
+
+def test_what_failed_is_tried_again_once_in_a_run(runtime: ModuleType) -> None:
+    rows: list[dict[str, Any]] = [{} for _ in range(10)]
+    rows[3] = {"fails": 2}
+    shard(runtime, rows)
+    file = runtime.input_file(0)
+    lines = [
+        *runtime.read_gzip(file)[:9],
+        b'{"row":9,"id":"id-9","bad":{"code":"invalid_json","message":"x"}}\n',
+    ]
+    file.write_bytes(gzip.compress(b"".join(lines)))
+    processor = Echo(runtime)
+    line = runtime.Line(processor)
+    assert line.work(0, "first")["failed"] == 2
+    assert line.work(0, "second", True)["failed"] == 1
+    assert processor.tries == {n: 3 if n == 3 else 1 for n in range(9)}
+    assert line.work(0, "second", True)["failed"] == 1, "its container died, and it comes again"
+    assert [found["row"] for found in answers(runtime) if "error" in found] == [9]
+    assert answers(runtime)[3]["answer"] == {"n": 3}

@@ -46,6 +46,7 @@ AT_ONCE = 2 * MAX_CONTAINERS * SHARDS_AT_ONCE
 RETRIES = 5  # further tries of a row that failed
 USD_PER_SECOND: float | None = 0.00019916666666666667  # of a container, at most
 MAX_USD: float | None = None
+SHIFT_SECONDS = 20 * 3600  # of a driver, which the next then relieves
 SAVE_SECONDS = 2  # what has ended is saved so often, and said to be done only then
 DEATHS = 2  # of containers in a shard, after which its rows are tried few at a time:
 WAVE = 32  # so many, and ever fewer
@@ -115,9 +116,9 @@ class Worker:
         self.line = Line(FunctionProcessor())
 
     @modal.method()
-    def work(self, shard: int, run: str) -> dict[str, int]:
+    def work(self, shard: int, run: str, retry_failed: bool) -> dict[str, int]:
         """Answer the rows of a shard; what they came to, and whether that is all."""
-        return self.line.work(shard, run)
+        return self.line.work(shard, run, retry_failed)
 
     @modal.exit()
     def stop(self) -> None:
@@ -133,16 +134,16 @@ class Worker:
     timeout=24 * 3600,
     retries=modal.Retries(max_retries=10, initial_delay=1.0),
 )
-async def drive(run: str) -> dict[str, Any]:
+async def drive(run: str, retry_failed: bool) -> dict[str, Any]:
     """Hand out the shards that have not ended, and keep the ledger."""
-    return await Driver(run).drive()
+    return await Driver(run, retry_failed).drive()
 
 
 @app.local_entrypoint()
-def start() -> None:
+def start(retry_failed: bool = False) -> None:
     """Start the job, or resume it: in the cloud, whatever becomes of this machine."""
     run = f"{time.time():.3f}"
-    call = modal.Function.from_name(APP_NAME, "drive").spawn(run)
+    call = modal.Function.from_name(APP_NAME, "drive").spawn(run, retry_failed)
     print(json.dumps({"run": run, "call": call.object_id}))
 
 
@@ -234,6 +235,25 @@ class Parts:
             self.deaths += 1
             self.suspects = [row for row in trying if row not in self.results]
             self.guilty = self.suspects[0] if alone and self.suspects else None
+
+
+def forget_failed(shard: int, run: str) -> None:
+    """Make of a shard that ended one in which the rows that failed are still to do: once
+    in a run. What was wrong with the input stays so."""
+    file, mark = answers_file(shard), DATA / "retried" / f"{shard:06}"
+    if (mark.exists() and mark.read_text() == run) or not file.exists():
+        return
+    rows = [json.loads(line) for line in read_gzip(input_file(shard))]
+    never = {row["row"] for row in rows if "bad" in row}
+    kept = [b'{"begin":"retry"}\n']
+    for line in read_gzip(file):
+        result = json.loads(line)
+        if "error" not in result or result["row"] in never:
+            kept.append(line)
+    kept.append(b'{"end":"retry"}\n')
+    write_whole(parts_folder(shard) / "0.jsonl", b"".join(kept))
+    write_whole(mark, run.encode())
+    file.unlink()
 
 
 def result_line(
@@ -412,15 +432,17 @@ class Line:
 
     # -- called by each shard's own thread
 
-    def work(self, number: int, run: str) -> dict[str, int]:
+    def work(self, number: int, run: str, retry_failed: bool = False) -> dict[str, int]:
         """Answer the rows of a shard that have no answer yet; what they came to, and
-        whether that is all (`ended`)."""
+        whether that is all (`ended`). With `retry_failed` an error is no answer."""
         if run != self.run_id:
             self.run_id = run
             self.stopping.clear()
         with self.disk:
             volume.commit()
             volume.reload()  # what other containers did
+            if retry_failed:
+                forget_failed(number, run)
             if answers_file(number).exists():  # an attempt that was given up did it
                 counts = Counts.of_lines(read_gzip(answers_file(number)))
                 return {**dataclasses.asdict(counts), "ended": 1}
@@ -831,7 +853,7 @@ class Ledger:
         job = json.loads((DATA / "job.json").read_bytes())
         self.shards: int = job["shards"]
         self.rows: int = job["rows"]
-        self.ended: dict[int, dict[str, int]] = {}
+        self.ended: dict[int, dict[str, Any]] = {}
         self.now: dict[int, dict[str, int]] = {}  # shards that are being worked on
         self.containers: dict[str, list[float]] = {}  # from when to when each was up
         file = DATA / "ledger.jsonl"
@@ -843,10 +865,12 @@ class Ledger:
             status = json.loads((DATA / "status.json").read_bytes())
             self.containers = status["containers_up"]
 
-    def end(self, shard: int, counts: dict[str, int]) -> None:
-        self.ended[shard] = counts
+    def end(self, shard: int, run: str, counts: dict[str, Any]) -> None:
+        """The last line of a shard is the one that holds."""
+        entry = {**counts, "run": run}
+        self.ended[shard] = entry
         self.now.pop(shard, None)
-        line = json.dumps({"shard": shard, **counts}, separators=(",", ":"))
+        line = json.dumps({"shard": shard, **entry}, separators=(",", ":"))
         # A line of its own, also after one that a crash tore.
         append(DATA / "ledger.jsonl", b"\n" + line.encode() + b"\n")
 
@@ -888,8 +912,9 @@ class Ledger:
 class Driver:
     """One run over the shards that have not ended."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, retry_failed: bool) -> None:
         self.run = run
+        self.retry_failed = retry_failed
         self.ledger = Ledger()
         self.began = time.time()
         self.problem: str | None = None  # why the run is to end before the rows do
@@ -897,32 +922,45 @@ class Driver:
         self.failures: dict[int, int] = {}
 
     async def drive(self) -> dict[str, Any]:
-        shards, ended = range(self.ledger.shards), self.ledger.ended
-        todo = collections.deque(shard for shard in shards if shard not in ended)
+        todo = collections.deque(filter(self.is_to_do, range(self.ledger.shards)))
         running: set[asyncio.Task[None]] = set()
         watcher = asyncio.create_task(self.watch())
         try:
-            while (todo and self.state == "running") or running:
-                while todo and self.state == "running" and len(running) < AT_ONCE:
+            while (todo and self.goes_on()) or running:
+                while todo and self.goes_on() and len(running) < AT_ONCE:
                     running.add(asyncio.create_task(self.work(todo.popleft(), todo)))
                 _, running = await asyncio.wait(
                     running, return_when=asyncio.FIRST_COMPLETED
                 )
         finally:
             watcher.cancel()
-        if self.state == "running":
+        if self.state == "running" and todo:
+            # A call may take a day: the next goes on.
+            await drive.spawn.aio(self.run, self.retry_failed)
+        elif self.state == "running":
             self.state = "done"
         return await self.tell()
 
+    def goes_on(self) -> bool:
+        return self.state == "running" and time.time() - self.began < SHIFT_SECONDS
+
+    def is_to_do(self, shard: int) -> bool:
+        ended = self.ledger.ended.get(shard)
+        if ended is None:
+            return True
+        retried = ended.get("run") == self.run
+        return self.retry_failed and ended["failed"] > 0 and not retried
+
     async def work(self, shard: int, todo: collections.deque[int]) -> None:
         try:
-            counts = await Worker().work.remote.aio(shard, self.run)
+            retry = self.retry_failed and shard in self.ledger.ended
+            counts = await Worker().work.remote.aio(shard, self.run, retry)
         except Exception as error:  # noqa: BLE001
             self.fail(shard, todo, error)
             return
         if counts.pop("ended"):
             self.failures.pop(shard, None)
-            self.ledger.end(shard, counts)
+            self.ledger.end(shard, self.run, counts)
         else:
             self.ledger.now[shard] = counts
 
@@ -950,16 +988,16 @@ class Driver:
             await asyncio.sleep(SAVE_SECONDS)
 
     async def stop_if_told(self, figures: dict[str, Any]) -> None:
-        if self.state != "running":
-            return
         stop = DATA / "control" / "stop"
-        if stop.exists():
+        if self.state != "running":
+            pass
+        elif stop.exists():
             self.state, self.problem = "stopped", "it was cancelled"
         elif MAX_USD is not None and figures["usd"] >= MAX_USD:
             self.state = "stopped"
             spent = figures["usd"]
             self.problem = f"${spent:.2f} were spent, and the cap is ${MAX_USD:.2f}"
-        if self.state == "stopped":
+        if self.state != "running":
             await live.put.aio("stop", self.run)
 
     async def tell(self) -> dict[str, Any]:
