@@ -16,6 +16,7 @@ from gpuctl.batch.follow import RUNNING, alive, duration
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.remote import Remote
 from gpuctl.batch.render import render_batch
+from gpuctl.batch.rows import Url
 from gpuctl.batch.run import destination_of, fetch, resume
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.reach import environment_name, reach
@@ -210,6 +211,7 @@ def resume_job(
         source = render_batch(
             decided.spec,
             job=job.name,
+            url=Url(job.url),
             usd_per_second=decided.usd_per_second,
             argv=job.argv,
             head=("Resumed with other options than this command has.", *decided.head),

@@ -6,8 +6,10 @@ import ast
 import re
 from typing import TYPE_CHECKING, Any
 
+from gpuctl.batch.rows import Url
 from gpuctl.render import Code, engine_context, header, rendered, resources_context
 from gpuctl.specs.batch import PREFIX
+from gpuctl.specs.engine_args import gives
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +23,12 @@ def render_batch(
     spec: BatchSpec,
     *,
     job: str,
+    url: Url,
     usd_per_second: float | None,
     argv: Sequence[str],
     head: Sequence[str] = (),
 ) -> str:
-    """The module of the job named `job`.
+    """The module of the job named `job`, whose rows ask for `url`.
 
     `usd_per_second`: of one container, at most; None where nothing is charged.
     """
@@ -60,6 +63,9 @@ def render_batch(
             "processor": Code("VllmProcessor"),
             "concurrency": spec.concurrency,
         }
+        if url is Url.EMBEDDINGS and not gives(spec.engine_args, "--runner"):
+            # Models that can also write are taken for writers otherwise.
+            context["engine_args"] = ["--runner", "pooling", *context["engine_args"]]
     # Twice: which imports it needs is known when it is there.
     context |= {"modules": [], "abstract": Code("Iterable"), "typing": Code("Any")}
     context |= _imports(rendered("batch/app.py.jinja", context))

@@ -96,7 +96,7 @@ def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
     rows = open_input(
         spec.inputs,
         kind=None if spec.input_format is None else Kind(spec.input_format),
-        url=Url.FUNCTION if spec.function else None,
+        url=_asked(spec),
         prompt=spec.prompt,
         system=spec.system,
         messages_column=spec.messages_column,
@@ -105,6 +105,19 @@ def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
         keep_columns=like.columns,
     )
     return rows, destination(spec.output, url=rows.url, form=like.format, errors=spec.errors)
+
+
+_KINDS = {"embedding": Url.EMBEDDINGS, "speech": Url.TRANSCRIPTIONS}
+
+
+def _asked(spec: BatchSpec) -> Url | None:
+    """What is asked of the rows, where the work says it; else they do, and a plain one is a chat."""
+    if spec.function is not None:
+        return Url.FUNCTION
+    if spec.task is not None:
+        return Url[spec.task.upper()]
+    entry = spec.model.entry if spec.model is not None else None
+    return None if entry is None else _KINDS.get(entry.kind)
 
 
 def destination_of(job: Job) -> Destination:
@@ -137,6 +150,7 @@ def prepared(
         source = render_batch(
             spec,
             job=name,
+            url=rows.url,
             usd_per_second=decided.usd_per_second,
             argv=tuple(command_of(argv, spec.target)),
             head=decided.head,

@@ -118,6 +118,15 @@ def run(
             "audio, image or text files, or - for what is piped in.",
         ),
     ],
+    task: Annotated[
+        str | None,
+        text(
+            "TASK",
+            "What is asked of the model: chat, completions, embeddings or transcriptions. "
+            "[default: what the model is for, or the input's lines say; else chat]",
+            ("chat", "completions", "embeddings", "transcriptions"),
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option(

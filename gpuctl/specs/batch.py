@@ -38,6 +38,7 @@ DEFAULT_MAX_CONTAINERS = 1  # a finite bill; see --max-containers
 DEFAULT_RETRIES = 2
 PREFIX = "gpuctl-batch-"  # of a job's App, Volume and Dict
 LONGEST_NAME = 64 - len(PREFIX)  # Modal's names have at most 64 characters
+TASKS = ("chat", "completions", "embeddings", "transcriptions")
 INPUT_FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "lines", "text", "audio", "image")
 FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "json", "txt", "srt", "vtt")
 
@@ -81,6 +82,7 @@ class BatchSpec:
 
     model: ModelRef | None
     function: FunctionRef | None
+    task: str | None
     inputs: tuple[str, ...]
     output: str
     errors: str | None
@@ -127,6 +129,7 @@ class BatchSpec:
         cls,
         *,
         work: str,
+        task: str | None = None,
         inputs: Sequence[str],
         output: str | None = None,
         errors: str | None = None,
@@ -193,6 +196,7 @@ class BatchSpec:
             read.problem("-- --local: use --local before the --: what follows that goes to vLLM")
         if function is not None:
             for flag, given in (
+                ("--task", task),
                 ("--prompt", prompt),
                 ("--system", system),
                 ("--messages-column", messages_column),
@@ -233,6 +237,7 @@ class BatchSpec:
         spec = cls(
             model=model,
             function=function,
+            task=read.one_of("--task", task, TASKS),
             inputs=tuple(inputs),
             output=answers,
             errors=errors,
