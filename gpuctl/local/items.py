@@ -227,7 +227,7 @@ class Items:
             rows = self._db.execute(
                 f"SELECT {columns} FROM dict_entries WHERE dict_id = ? AND number > ? AND used_at >= ? "  # noqa: S608
                 "ORDER BY number LIMIT ?",
-                [dict_id, last, fresh, 16 if values else 1000],  # values may be large,
+                [dict_id, last, fresh, 16 if values else 1000],  # values may be large
             ).fetchall()
             if not rows:
                 return
