@@ -214,14 +214,13 @@ class ContainerRuntime:
         (folder / "arguments.bin").write_bytes(spec.arguments)
 
         filesystem = await asyncio.to_thread(self._filesystem, spec, folder, sockets)
+        own_network = spec.isolated_network or spec.block_network
         program = sandbox.Program(
             argv=spec.argv,
-            env=self._environment(spec),
+            env=self._environment(spec, filesystem.way_out(proxies=not own_network)),
             workdir=spec.workdir,
-            isolated_network=spec.isolated_network or spec.block_network,
-            egress=await self._egress_socket(spec.block_network)
-            if spec.isolated_network or spec.block_network
-            else None,
+            isolated_network=own_network,
+            egress=await self._egress_socket(spec.block_network) if own_network else None,
         )
         launched = await sandbox.launch(folder, filesystem, program)
         process, reader, writer = launched.process, launched.reader, launched.writer
@@ -378,13 +377,14 @@ class ContainerRuntime:
             shutil.copymode(file.host, place)
         return tops(files)
 
-    def _environment(self, spec: ContainerSpec) -> dict[str, str]:
+    def _environment(self, spec: ContainerSpec, way_out: dict[str, str]) -> dict[str, str]:
         venv = f"{IMAGE_PATH}/venv"
         environment = {
             "PATH": f"{venv}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "LANG": "C.UTF-8",
             "HOME": "/root",
             "VIRTUAL_ENV": venv,
+            **way_out,
             **spec.env,
             "MODAL_SERVER_URL": f"unix://{_PLANE_SOCKET}",
             "MODAL_CONTAINER_ARGUMENTS_PATH": _ARGUMENTS,

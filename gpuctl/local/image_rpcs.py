@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 _SUCCESS = api_pb2.GenericResult.GENERIC_STATUS_SUCCESS
 _FAILURE = api_pb2.GenericResult.GENERIC_STATUS_FAILURE
+_TERMINATED = api_pb2.GenericResult.GENERIC_STATUS_TERMINATED
 
 
 _SAME_DEPLOY_SECONDS = 60.0
+_ALONE_SECONDS = 10.0  # how long a build goes on that nobody follows; a client that waits asks again at once
 
 
 class _Build:
@@ -32,6 +34,7 @@ class _Build:
 
     def __init__(self, forced_by: str | None) -> None:
         self.forced_by = forced_by  # the app that wanted it anew
+        self.followers = 0
         self.ended_at = 0.0
         self.lines: list[Any] = []
         self.result: Any = None
@@ -49,9 +52,25 @@ class _Build:
             )
             self.change()
 
+    def end(self, status: Any, exception: str = "") -> None:
+        """Its result; the first one stays."""
+        if self.result is None:
+            self.result = api_pb2.GenericResult(status=status, exception=exception)
+            self.ended_at = time.monotonic()
+        self.change()
+
     def change(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def watch(self, seconds: float) -> None:
+        """End it, unless somebody follows it by then: whoever wanted it is gone."""
+        asyncio.get_running_loop().call_later(seconds, self._end_where_alone)
+
+    def _end_where_alone(self) -> None:
+        if not self.followers and self.result is None and self.task is not None:
+            self.task.cancel()
+            self.end(_TERMINATED, "nobody waited for it any more")
 
     async def wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -61,12 +80,15 @@ class _Build:
 class Images:
     """`ImageStore` as the client sees it."""
 
-    def __init__(self, images: ImageStore, mounts: Mounts, secrets: Secrets) -> None:
+    def __init__(
+        self, images: ImageStore, mounts: Mounts, secrets: Secrets, *, alone_seconds: float = _ALONE_SECONDS
+    ) -> None:
         self._images = images
         self._mounts = mounts
         self._secrets = secrets
         self._builds: dict[str, _Build] = {}
         self._builders: Builders | None = None
+        self._alone_seconds = alone_seconds
 
     def attach(self, builders: Builders) -> None:
         """Give it what runs functions to build images."""
@@ -112,6 +134,7 @@ class Images:
                     force,
                 )
             )
+            build.watch(self._alone_seconds)
         return api_pb2.ImageGetOrCreateResponse(image_id=image_id)
 
     def _just_forced(self, app_id: str, image_id: str) -> bool:
@@ -148,22 +171,16 @@ class Images:
                 force=force,
             )
         except ImageBuildError as error:
-            build.result = api_pb2.GenericResult(status=_FAILURE, exception=str(error))
+            build.end(_FAILURE, str(error))
         except asyncio.CancelledError:
-            build.result = api_pb2.GenericResult(
-                status=api_pb2.GenericResult.GENERIC_STATUS_TERMINATED,
-                exception="the local control plane was stopped",
-            )
+            build.end(_TERMINATED, "the local control plane was stopped")
             raise
         except Exception as error:
-            build.result = api_pb2.GenericResult(status=_FAILURE, exception=repr(error))
+            build.end(_FAILURE, repr(error))
             raise
         else:
             build.metadata = _metadata(image)
-            build.result = api_pb2.GenericResult(status=_SUCCESS)
-        finally:
-            build.ended_at = time.monotonic()
-            build.change()
+            build.end(_SUCCESS)
 
     @rpc("ImageJoinStreaming")
     async def join(self, request: Any, _call: Call) -> AsyncIterator[Any]:
@@ -174,21 +191,14 @@ class Images:
                 result=api_pb2.GenericResult(status=_SUCCESS), metadata=_metadata(image), eof=True
             )
             return
-        seen = int(request.last_entry_id or 0)
-        deadline = time.monotonic() + request.timeout
-        while True:
-            if lines := build.lines[seen:]:
-                seen += len(lines)
-                yield api_pb2.ImageJoinStreamingResponse(task_logs=lines, entry_id=str(seen))
-            elif build.result is not None:
-                yield api_pb2.ImageJoinStreamingResponse(
-                    result=build.result, metadata=build.metadata, eof=True
-                )
-                return
-            elif time.monotonic() >= deadline:
-                return
-            else:
-                await build.wait(deadline - time.monotonic())
+        build.followers += 1
+        try:
+            async for response in _follow(build, request):
+                yield response
+        finally:
+            build.followers -= 1
+            if build.result is None:
+                build.watch(self._alone_seconds)
 
     @rpc("ImageFromId")
     async def from_id(self, request: Any, _call: Call) -> Any:
@@ -210,3 +220,20 @@ def _metadata(image: BuiltImage) -> Any:
         workdir=image.workdir or None,
         image_builder_version=IMAGE_BUILDER_VERSION,
     )
+
+
+async def _follow(build: _Build, request: Any) -> AsyncIterator[Any]:
+    """What the build has said and says, and its result; for as long as the client asked."""
+    seen = int(request.last_entry_id or 0)
+    deadline = time.monotonic() + request.timeout
+    while True:
+        if lines := build.lines[seen:]:
+            seen += len(lines)
+            yield api_pb2.ImageJoinStreamingResponse(task_logs=lines, entry_id=str(seen))
+        elif build.result is not None:
+            yield api_pb2.ImageJoinStreamingResponse(result=build.result, metadata=build.metadata, eof=True)
+            return
+        elif time.monotonic() >= deadline:
+            return
+        else:
+            await build.wait(deadline - time.monotonic())

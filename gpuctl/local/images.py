@@ -188,7 +188,6 @@ class ImageStore:
         self.hide = (Path.home(), cache_dir.absolute(), *hide)
         self._images = cache_dir.absolute() / "images"
         self._clients = cache_dir.absolute() / "clients"
-        self._building: dict[str, asyncio.Task[BuiltImage]] = {}
         for folder in (self._images, self._clients):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for old in self._images.glob(f"{_OLD}*"):
@@ -223,37 +222,17 @@ class ImageStore:
         run_function: RunFunction | None = None,
         force: bool = False,
     ) -> BuiltImage:
-        """Build `image`, or wait for the build of it that is under way.
+        """Build `image`, where it is not there yet; another plane that builds the same is waited for.
 
         `context_files` maps paths in the build context to files on this machine; `python_hint` is the Python version
         that the context brings along (`add_python`). Raises ImageBuildError.
         """
-        task = self._building.get(image_id)
-        if task is None:
-            task = asyncio.create_task(
-                self._build(image_id, image, context_files, secret_env, log, python_hint, run_function, force)
-            )
-            self._building[image_id] = task
-            task.add_done_callback(lambda _: self._building.pop(image_id, None))
-        return await asyncio.shield(task)
-
-    async def _build(
-        self,
-        image_id: str,
-        image: api_pb2.Image,
-        context_files: Mapping[str, Path],
-        secret_env: Mapping[str, str],
-        log: Log,
-        python_hint: str,
-        run_function: RunFunction | None,
-        force: bool,
-    ) -> BuiltImage:
+        folder = self._images / image_id
         async with _locked(self._images / f"{image_id}.lock"):
-            if force and (self._images / image_id).exists():
-                # Containers may run from the old one: it is put aside, and removed by a later plane.
-                (self._images / image_id).rename(self._images / f"{_OLD}{os.urandom(8).hex()}")
-            if (layer := self._read(image_id)) is None:
-                folder = self._images / image_id
+            if (layer := None if force else self._read(image_id)) is None:
+                aside = self._images / f"{_OLD}{os.urandom(8).hex()}"
+                if (folder / "image.json").exists():  # containers may run from it: a later plane removes it
+                    folder.rename(aside)
                 await asyncio.to_thread(shutil.rmtree, folder, True)
                 folder.mkdir(mode=0o700)
                 try:
@@ -268,9 +247,16 @@ class ImageStore:
                         python_hint,
                         run_function,
                     ).run()
-                except OSError as error:
-                    raise ImageBuildError(f"{error.strerror or error}: {error.filename or folder}") from error
-                _write_json(folder / "image.json", asdict(layer))
+                    _write_json(folder / "image.json", asdict(layer))
+                except BaseException as error:
+                    await asyncio.to_thread(shutil.rmtree, folder, True)
+                    if (aside / "image.json").exists():  # what apps that are deployed go on with
+                        aside.rename(folder)
+                    if isinstance(error, OSError):
+                        raise ImageBuildError(
+                            f"{error.strerror or error}: {error.filename or folder}"
+                        ) from error
+                    raise
         await self.ensure_client(layer, log)
         return self.built(layer)
 
@@ -610,8 +596,9 @@ class _LayerBuild:
         """`pip install …` or `pip uninstall …` into the layer's environment, with this machine's own settings."""
         tree = self._tree()
         python = tree / "venv" / "bin" / "python"
+        command = f"pip {shlex.join(arguments)}"
+        self._log(f"{command}\n")
         arguments = [await self._localise(a) for a in _without_unreachable_indexes(arguments, self._log)]
-        self._log(f"pip {shlex.join(arguments)}\n")
         environment = {
             **os.environ,
             **self._layer.env,
@@ -626,6 +613,7 @@ class _LayerBuild:
             log=self._log,
             env=environment,
             cwd=tree,
+            name=command,
         )
         _relocate_scripts(tree / "venv")
 
@@ -677,9 +665,9 @@ class _LayerBuild:
         for source, target in tops(tree / "files"):
             filesystem.place(source, target)
         installer = {
-            k: v
-            for k, v in os.environ.items()
-            if k.startswith(("PIP_", "UV_")) or k.lower().endswith("_proxy")
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("PIP_", "UV_")) and name != "PIP_CERT"
         }
         environment = {
             "PATH": _PATH,
@@ -687,6 +675,7 @@ class _LayerBuild:
             "LANG": "C.UTF-8",
             "UV_PYTHON": f"{IMAGE_PATH}/venv/bin/python",  # what `uv pip install --system` is to mean
             **installer,
+            **filesystem.way_out(),
             **self._arguments,
             **self._layer.env,
             **self._secret_env,
@@ -807,9 +796,14 @@ if os.getppid() == int(sys.argv[1]):
 
 
 async def _run(
-    argv: list[str], *, log: Log, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    argv: list[str],
+    *,
+    log: Log,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    name: str = "",
 ) -> None:
-    """Run a command of this machine's, its output to `log`. Raises ImageBuildError when it fails."""
+    """Run a command of this machine's, its output to `log`. Raises ImageBuildError, with `name`, when it fails."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", "-c", _ENDS_WITH_PLANE, str(os.getpid())),
         *argv,
@@ -828,7 +822,7 @@ async def _run(
             os.killpg(process.pid, 9)
         raise
     if code != 0:
-        raise ImageBuildError(f"{shlex.join(argv)} ended with exit code {code}:\n{tail}")
+        raise ImageBuildError(f"{name or shlex.join(argv)} ended with exit code {code}:\n{tail}")
 
 
 async def _copy_output(process: asyncio.subprocess.Process, log: Log) -> str:

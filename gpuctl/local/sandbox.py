@@ -31,6 +31,18 @@ if TYPE_CHECKING:
 EGRESS_PORT = 3128  # where programs in a network of their own find the way out, as HTTP(S)_PROXY
 _EGRESS_SOCKET = "/run/modal/egress.sock"
 
+# What names the certificates to trust, in the programs that people run in containers and builds.
+_CERTIFICATES = (
+    "AWS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "GIT_SSL_CAINFO",
+    "NODE_EXTRA_CA_CERTS",
+    "PIP_CERT",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+)
+
 INIT = Path(__file__).with_name("container_init.py")
 
 # Top-level places of the host that a container never sees; some are replaced by the container's own.
@@ -124,6 +136,17 @@ class Filesystem:
         target = self._real(target)
         if not (self._visible(target) and Path(target).is_dir()):
             self._placed.append(Mount("dir", target))
+
+    def way_out(self, *, proxies: bool = True) -> dict[str, str]:
+        """This machine's variables by which programs find the internet: proxies, and certificates that are visible."""
+        found = {
+            name: value for name, value in os.environ.items() if proxies and name.lower().endswith("_proxy")
+        }
+        for name in _CERTIFICATES:
+            value = os.environ.get(name, "")
+            if os.path.exists(value) and self._visible(os.path.realpath(value)) and self._visible(value):
+                found[name] = value
+        return found
 
     def _devices(self) -> None:
         self._base.append(Mount("dev", "/dev"))

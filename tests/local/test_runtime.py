@@ -10,7 +10,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -19,6 +22,7 @@ from modal_proto import api_pb2
 from gpuctl.local import sandbox, sockets
 from gpuctl.local.containers import Container, ContainerRuntime, ContainerSpec, FileBind, VolumeBind
 from gpuctl.local.egress import _is_this_machine
+from gpuctl.local.image_rpcs import Images
 from gpuctl.local.images import (
     BuiltImage,
     ImageBuildError,
@@ -27,6 +31,7 @@ from gpuctl.local.images import (
     _run,
     find_python,
 )
+from gpuctl.local.wire import Call
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 BASE = [f"FROM python:{PYTHON}.1-slim-bookworm", "RUN apt-get update", "RUN apt-get install -y gcc"]
@@ -495,6 +500,86 @@ def test_a_shim_is_seen_through_to_the_interpreter(tmp_path: Path) -> None:
     shim.write_text("#!/bin/sh\necho not switched on >&2; exit 127\n")
     assert _interpreter_behind(str(shim)) is None
     assert find_python("3.99") == (real, version), "what is not there gives way to the plane's own"
+
+
+def test_a_build_that_fails_leaves_what_was_there(
+    store: ImageStore, base: BuiltImage, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    there.write_text("built")
+    commands = ["FROM base", "COPY /there /root/there", "RUN test $(cat /root/there) = built"]
+    built, _ = build(store, commands, base.id, there=there)
+    image = api_pb2.Image(dockerfile_commands=commands)
+    image.base_images.append(api_pb2.BaseImage(docker_tag="base", image_id=base.id))
+    there.write_text("otherwise")
+    again = store.build(
+        built.id, image, context_files={"/there": there}, secret_env={}, log=lambda _: None, force=True
+    )
+    with pytest.raises(ImageBuildError, match="exit code 1"):
+        asyncio.run(again)
+    kept = store.get(built.id)
+    assert kept is not None, "what is deployed goes on with the image that it has"
+    assert (kept.tree / "home/there").read_text() == "built"
+
+
+def test_a_failed_install_is_named_as_it_was_asked_for(store: ImageStore, base: BuiltImage) -> None:
+    with pytest.raises(ImageBuildError) as caught:
+        build(store, ["FROM base", "RUN pip install --no-index no-such-package"], base.id)
+    assert str(caught.value).startswith("pip install --no-index no-such-package ended with exit code 1:\n")
+
+
+def test_a_build_ends_when_nobody_follows_it_any_more() -> None:
+    class Never:
+        """An ImageStore whose builds take for ever."""
+
+        def __init__(self) -> None:
+            self.begun, self.ended = asyncio.Event(), asyncio.Event()
+
+        def image_id(self, *_: object) -> str:
+            return "im-1"
+
+        def get(self, _: str) -> None:
+            return None
+
+        async def build(self, *_: object, log: Callable[[str], None], **__: object) -> None:
+            log("begun")
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                self.ended.set()
+
+    async def run() -> None:
+        never: Any = Never()
+        nothing: Any = None
+        secrets: Any = types.SimpleNamespace(values=lambda _: {})
+        images = Images(never, nothing, secrets, alone_seconds=0.2)
+        call = Call(task_id="", client_version="")
+        answer = await images.get_or_create(api_pb2.ImageGetOrCreateRequest(), call)
+        following = images.join(api_pb2.ImageJoinStreamingRequest(image_id=answer.image_id, timeout=60), call)
+        assert (await anext(following)).task_logs[0].data == "begun\n"
+        await asyncio.sleep(0.6)
+        assert not never.ended.is_set(), "it is followed"
+        await following.aclose()
+        await asyncio.wait_for(never.ended.wait(), 30)
+        again = images.join(api_pb2.ImageJoinStreamingRequest(image_id=answer.image_id, timeout=60), call)
+        last = [response async for response in again][-1].result
+        assert last.status == api_pb2.GenericResult.GENERIC_STATUS_TERMINATED
+
+    asyncio.run(run())
+
+
+def test_programs_get_this_machines_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its proxies, and those certificates that they can read."""
+    (tmp_path / "own.pem").touch()
+    for name in [n for n in os.environ if n.lower().endswith("_proxy") or "CERT" in n or "_CA" in n]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:8080")
+    monkeypatch.setenv("SSL_CERT_FILE", "/etc/passwd")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "own.pem"))
+    monkeypatch.setenv("CURL_CA_BUNDLE", "/etc/no-such-file")
+    filesystem = sandbox.Filesystem(hide=(tmp_path,))
+    assert filesystem.way_out() == {"https_proxy": "http://127.0.0.1:8080", "SSL_CERT_FILE": "/etc/passwd"}
+    assert filesystem.way_out(proxies=False) == {"SSL_CERT_FILE": "/etc/passwd"}
 
 
 def test_where_no_sandbox_works_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
