@@ -40,6 +40,7 @@ MOST_SILENT_STARTS = 8  # containers in a row that die while they start, without
 _BACK_OFF_FIRST, _BACK_OFF_MOST = 0.25, 60.0
 _MOST_CRASH_STEPS = 3  # of doubling: an input that ends its containers is given up after a few anyway
 _TICK_SECONDS = 0.5
+_LAST_QUESTION_SECONDS = 3.0  # what a container that has done its input gets to ask for another
 
 
 class Pool:
@@ -355,9 +356,12 @@ class Pool:
         worker.leaving = worker.task.stopping = True
         if not worker.ready_at:
             grace = 0.0  # nothing has run in it that could want to be told
-        if worker.stop_asking():  # it is told to end in the answer
+        told = worker.stop_asking()  # it is told to end in the answer
+        if (
+            told or not worker.inputs
+        ):  # else it is about to ask, or ends by itself: a signal amid that is a traceback
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace):
+                async with asyncio.timeout(grace if told else min(grace, _LAST_QUESTION_SECONDS)):
                     await worker.task.ended.wait()
         await self._tasks.stop(worker.task, grace=grace)
 
