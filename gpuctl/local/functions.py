@@ -183,7 +183,7 @@ class Functions:
 
     @rpc(
         "FunctionCreate",
-        differs="web functions are refused; GPUs, regions and schedules are warned of at publish",
+        differs="web functions are refused; GPUs, schedules and memory snapshots are warned of at publish",
     )
     async def create(self, request: Any, _call: Call) -> Any:
         data = _as_data(request)
