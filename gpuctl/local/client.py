@@ -37,6 +37,7 @@ class Plane:
     state_dir: Path
     token_id: str
     token_secret: str
+    revived: bool = False  # by its supervisor
 
     def client_env(self) -> dict[str, str]:
         """What points the `modal` client at this plane, and at nothing else of the user's."""
@@ -60,7 +61,8 @@ def running(state_dir: Path) -> Plane | None:
     try:
         state: dict[str, Any] = json.loads((state_dir / STATE_FILE).read_text())
         pid, started = int(state["pid"]), str(state["started"])
-        plane = Plane(pid, str(state["url"]), state_dir, str(state["token_id"]), str(state["token_secret"]))
+        credentials = str(state["token_id"]), str(state["token_secret"])
+        plane = Plane(pid, str(state["url"]), state_dir, *credentials, revived=bool(state.get("revived")))
     except (OSError, ValueError, KeyError):
         return None
     return plane if started == process_start(pid) else None
@@ -147,33 +149,34 @@ def ensure_up(state_dir: Path, cache_dir: Path) -> Plane:
 def down(state_dir: Path) -> None:
     """Stop the plane and its containers; nothing of its state goes. Does nothing when it is not up.
 
-    One that is starting is waited for, and so is one that somebody else is stopping.
+    One that is starting is waited for, and so is one that somebody else is stopping; one that is killed at this moment
+    is stopped when it comes back.
     """
     from gpuctl.local import sockets
 
     deadline = time.monotonic() + _STOP_SECONDS
-    while (plane := running(state_dir)) is None:
-        with _held(state_dir) as ours:
-            if ours:  # what a plane that was killed left
-                sockets.remove(state_dir)
-                (state_dir / STATE_FILE).unlink(missing_ok=True)
-                return
+    told: set[int] = set()
+    while True:
+        plane = running(state_dir)
+        if plane is None:
+            with _held(state_dir) as ours:
+                if ours:  # what a plane that was killed left
+                    sockets.remove(state_dir)
+                    (state_dir / STATE_FILE).unlink(missing_ok=True)
+                    return
+        elif plane.pid not in told:
+            if told and not plane.revived:
+                return  # it is down, and somebody has started the next
+            told.add(plane.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(plane.pid, signal.SIGTERM)
         if time.monotonic() > deadline:
-            raise GpuctlError(
-                "the local control plane neither starts nor ends", hint=f"its log: {state_dir / LOG_FILE}"
+            what = (
+                f"(pid {max(told)}) has not ended after {_STOP_SECONDS:.0f} s"
+                if told
+                else "neither starts nor ends"
             )
-        time.sleep(_POLL_SECONDS)
-    started = process_start(plane.pid)
-    if started is None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(plane.pid, signal.SIGTERM)
-    while process_start(plane.pid) == started:
-        if time.monotonic() > deadline:
-            raise GpuctlError(
-                f"the local control plane (pid {plane.pid}) has not ended after {_STOP_SECONDS:.0f} s",
-                hint=f"its log: {state_dir / LOG_FILE}",
-            )
+            raise GpuctlError(f"the local control plane {what}", hint=f"its log: {state_dir / LOG_FILE}")
         time.sleep(_POLL_SECONDS)
 
 

@@ -325,6 +325,7 @@ class ControlPlane:
             "port": int(self.url.rpartition(":")[2]),
             "token_id": self._token_id,
             "token_secret": self._token_secret,
+            "revived": self._ports.inherited,
         }
 
     def endpoints(self) -> Mapping[str, Endpoint]:

@@ -32,6 +32,7 @@ class Listeners:
 
     def __init__(self, channel: socket.socket | None = None, inherited: Sequence[socket.socket] = ()) -> None:
         self._channel = channel
+        self.inherited = channel is not None  # a supervisor started this process
         self._waiting = {int(listener.getsockname()[1]): listener for listener in inherited}
         self._open: dict[int, socket.socket] = {}
 

@@ -66,7 +66,7 @@ def http(
         return Answer(0, b"", {})
 
 
-def eventually(question: Callable[[], Any], *, seconds: float = 30.0, every: float = 0.05) -> Any:
+def eventually(question: Callable[[], Any], *, seconds: float = 60.0, every: float = 0.05) -> Any:
     """The first true answer."""
     deadline = time.monotonic() + seconds
     while True:

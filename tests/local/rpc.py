@@ -28,7 +28,7 @@ async def call_on(channel: Channel, service: str, name: str, request: Any, metad
     """The answer, or the GRPCError that came instead."""
     method = getattr(SERVICES[service][1](channel), name)
     try:
-        async with method.open(timeout=20, metadata=metadata) as stream:
+        async with method.open(timeout=60, metadata=metadata) as stream:
             await stream.send_message(request, end=True)
             return await stream.recv_message()
     except grpclib.GRPCError as error:

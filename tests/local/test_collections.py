@@ -181,7 +181,7 @@ def test_who_waits_is_woken_by_the_end_of_the_queue(plane: TestPlane) -> None:
         await call_on(
             channel, "ModalClient", "QueueDelete", api_pb2.QueueDeleteRequest(queue_id=queue_id), mine
         )
-        answer = await asyncio.wait_for(waiting, 5)
+        answer = await asyncio.wait_for(waiting, 60)
         channel.close()
         return answer
 

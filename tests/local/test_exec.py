@@ -67,7 +67,7 @@ def test_a_terminal(plane: TestPlane, task: str) -> None:
         os.execve(sys.executable, [sys.executable, *command], plane.environment(PS1="> ", TERM="xterm"))
     seen = b""
 
-    def until(words: bytes, seconds: float = 20) -> None:
+    def until(words: bytes, seconds: float = 60) -> None:
         nonlocal seen
         deadline = time.monotonic() + seconds
         while not re.search(words, seen):
@@ -78,8 +78,8 @@ def test_a_terminal(plane: TestPlane, task: str) -> None:
     until(rb"[#$>] ")
     os.write(terminal, b"tty; test -t 0 && test -t 1 && echo is''terminal $TERM\n")
     until(rb"/dev/pts/\d+\r\n.*isterminal xterm")
-    os.write(terminal, b"sleep 100\n")
-    time.sleep(0.3)
+    os.write(terminal, b"echo be''gins; sleep 1000\n")
+    until(rb"begins\r\n")
     os.write(terminal, b"\x03")  # Ctrl-C ends what runs in there, not the shell
     os.write(terminal, b"echo go''ing on\n")
     until(rb"going on")
@@ -100,7 +100,7 @@ async def _on_router(plane: TestPlane, task: str, steps: Any) -> Any:
 
     async def read(**fields: Any) -> bytes:
         method = SERVICES["TaskCommandRouter"][1](channel).TaskExecStdioRead
-        async with method.open(metadata=metadata, timeout=20) as stream:
+        async with method.open(metadata=metadata, timeout=60) as stream:
             await stream.send_message(router_pb2.TaskExecStdioReadRequest(task_id=task, **fields), end=True)
             return b"".join([message.data async for message in stream])
 
@@ -169,14 +169,14 @@ def test_a_command_ends_with_its_container(new_plane: TestPlane) -> None:
     async def steps(ask: Any, _read: Any) -> Any:
         await ask("TaskExecStart", exec_id="s", command_args=["sleep", "1000"])
         waiting = asyncio.create_task(ask("TaskExecWait", exec_id="s"))
-        await asyncio.sleep(0.2)
+        await ask("TaskExecPoll", exec_id="s")  # by the same connection: the other call is there
         call_stop = api_pb2.ContainerStopRequest(task_id=task)
         await asyncio.to_thread(call, new_plane.now, "ContainerStop", call_stop)
         return await waiting
 
     assert asyncio.run(_on_router(new_plane, task, steps)).signal == 9
     new_plane.kill()
-    eventually(lambda: new_plane.containers() == [], seconds=5)
+    eventually(lambda: new_plane.containers() == [])
 
 
 def test_containers_are_listed_and_stopped(plane: TestPlane) -> None:
