@@ -144,14 +144,14 @@ def boots(count: int) -> None:
 
 
 def at_rest(plane: TestPlane, seconds: float) -> None:
-    """A plane that has an app with a container that waits, and one where nothing runs."""
+    """A plane that has an app with a container that waits, and one where nothing runs; with its supervisor."""
+    pids = [plane.now.pid, *plane.supervisors()]
     for state in ("one container waits", "nothing runs"):
-        before = cpu_seconds(plane.now.pid)
+        before = sum(map(cpu_seconds, pids))
         time.sleep(seconds)
-        share = (cpu_seconds(plane.now.pid) - before) / seconds * 100
-        print(
-            f"at rest, {state}: {share:.2f} % of a core (wanted: 1), {resident_mb(plane.now.pid):.0f} MB (wanted: 150)"
-        )
+        share = (sum(map(cpu_seconds, pids)) - before) / seconds * 100
+        memory = sum(map(resident_mb, pids))
+        print(f"at rest, {state}: {share:.2f} % of a core (wanted: 1), {memory:.0f} MB (wanted: 150)")
         plane.modal("app", "stop", "bench-calls", "--yes", check=False)
 
 
