@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
-from gpuctl.local.images import BuiltImage, ImageBuildError, follow_in, place_in
+from gpuctl.local.image_trees import follow_in, place_in
+from gpuctl.local.installers import ImageBuildError
 from gpuctl.local.store import Deployment, Layout
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from gpuctl.local.containers import ContainerSpec
     from gpuctl.local.functions import Functions
+    from gpuctl.local.layers import BuiltImage
     from gpuctl.local.tasks import Task, Tasks
 
 

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING
 from gpuctl.errors import GpuctlError
 from gpuctl.local import sandbox
 from gpuctl.local.egress import EgressProxy
-from gpuctl.local.images import CLIENT_PATH, IMAGE_PATH, BuiltImage, follow, follow_in, place_in, tops
+from gpuctl.local.image_trees import CLIENT_PATH, IMAGE_PATH, follow, follow_in, place_in, tops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from gpuctl.local.layers import BuiltImage
     from gpuctl.local.processes import Process
 
 _PLANE_SOCKET = "/run/modal/plane.sock"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
-from gpuctl.local.images import BuiltImage, ImageBuildError, ImageStore, Log
+from gpuctl.local.installers import ImageBuildError, Log
 from gpuctl.local.wire import IMAGE_BUILDER_VERSION, Call, not_found, rpc
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gpuctl.local.builders import Builders
+    from gpuctl.local.images import ImageStore
+    from gpuctl.local.layers import BuiltImage
     from gpuctl.local.mounts import Mounts
     from gpuctl.local.secrets import Secrets
 

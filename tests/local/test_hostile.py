@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from modal_proto import api_pb2
 
 from gpuctl.local import coverage
-from gpuctl.local.images import place_in
+from gpuctl.local.image_trees import place_in
 
 from .planes import TestPlane
 from .rpc import SERVICES, call, call_on, credentials

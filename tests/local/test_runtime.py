@@ -18,18 +18,13 @@ import aiohttp
 import pytest
 from modal_proto import api_pb2
 
-from gpuctl.local import sandbox, sockets
+from gpuctl.local import installers, sandbox, sockets
 from gpuctl.local.containers import Container, ContainerRuntime, ContainerSpec, FileBind, VolumeBind
 from gpuctl.local.egress import _is_this_machine
 from gpuctl.local.image_rpcs import Images
-from gpuctl.local.images import (
-    BuiltImage,
-    ImageBuildError,
-    ImageStore,
-    _interpreter_behind,
-    _run,
-    find_python,
-)
+from gpuctl.local.images import ImageStore
+from gpuctl.local.installers import ImageBuildError, find_python, interpreter_behind
+from gpuctl.local.layers import BuiltImage
 from gpuctl.local.wire import Call
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -416,9 +411,9 @@ def test_an_installer_ends_with_a_plane_that_is_killed() -> None:
     marker = f"installer-{os.getpid()}"
     program = f"""
 import asyncio, sys
-from gpuctl.local.images import _run
+from gpuctl.local.installers import run
 code = "import time; print('installing', flush=True); time.sleep(600)"
-asyncio.run(_run([sys.executable, "-c", code, {marker!r}], log=lambda text: print(text, end="", flush=True)))
+asyncio.run(run([sys.executable, "-c", code, {marker!r}], log=lambda text: print(text, end="", flush=True)))
 """
     plane = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert plane.stdout is not None
@@ -431,7 +426,7 @@ asyncio.run(_run([sys.executable, "-c", code, {marker!r}], log=lambda text: prin
 
 def test_an_installer_that_is_not_there_is_told() -> None:
     with pytest.raises(ImageBuildError, match="/nowhere/pip: No such file or directory"):
-        asyncio.run(_run(["/nowhere/pip", "install"], log=lambda _: None))
+        asyncio.run(installers.run(["/nowhere/pip", "install"], log=lambda _: None))
 
 
 def processes(marker: str) -> list[str]:
@@ -493,9 +488,9 @@ def test_a_shim_is_seen_through_to_the_interpreter(tmp_path: Path) -> None:
     shim = tmp_path / "python"
     shim.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
     shim.chmod(0o755)
-    assert _interpreter_behind(str(shim)) == (real, version)
+    assert interpreter_behind(str(shim)) == (real, version)
     shim.write_text("#!/bin/sh\necho not switched on >&2; exit 127\n")
-    assert _interpreter_behind(str(shim)) is None
+    assert interpreter_behind(str(shim)) is None
     assert find_python("3.99") == (real, version), "what is not there gives way to the plane's own"
 
 
