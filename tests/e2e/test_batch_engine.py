@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
+import struct
 import subprocess
+import sys
+import wave
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,7 @@ import pytest
 
 import pieces
 
+TRANSCRIPTIONS = "/v1/audio/transcriptions"
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 TINY_ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -36,13 +43,14 @@ class Engine:
 
     python: Path
     folder: Path
+    env: dict[str, str] = field(default_factory=dict)
 
     def run(self, *argv: str | Path) -> None:
         log = self.folder / "log.txt"
         with log.open("wb") as output:
             done = subprocess.run(
                 ["nice", self.python, *argv],
-                env={"PATH": "/usr/bin:/bin", "HOME": str(self.folder), **TINY_ENV},
+                env={"PATH": "/usr/bin:/bin", "HOME": str(self.folder), **TINY_ENV, **self.env},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
@@ -58,7 +66,7 @@ class Engine:
             text.replace("tempfile.mkdtemp(", "tempfile.mkdtemp(dir='.', "), encoding="utf-8"
         )
         made = subprocess.check_output([self.python, maker_file], cwd=self.folder, text=True)
-        return self.folder / made
+        return self.folder / made.splitlines()[-1]
 
     def answers(
         self, rows: list[dict[str, Any]], arguments: list[str], *, kill: bool = False
@@ -136,7 +144,23 @@ ANSWERED = [
     chat("Hello!", min_tokens=5, ignore_eos=True, repetition_penalty=1.3, logit_bias={"7": 5}),
     chat("Hello!", model="tiny", user="someone", return_token_ids=True),
     chat([{"type": "text", "text": "Hello!"}]),
+    chat("Hello!", model="mine"),  # the adapter
 ]
+ADAPTER = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+folder = Path(sys.argv[1])
+torch.manual_seed(1)
+weights = {}
+for layer in range(2):
+    name = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
+    weights[f"{name}.lora_A.weight"] = torch.randn(8, 128)
+    weights[f"{name}.lora_B.weight"] = torch.randn(256, 8)
+save_file(weights, folder / "adapter_model.safetensors")
+config = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": ["v_proj"], "bias": "none"}
+(folder / "adapter_config.json").write_text(json.dumps(config))
+"""
 COMPLETED: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
     (completion("Hello!"), lambda body: body["usage"]["completion_tokens"] == 12),
     (completion(["a", "b", "c"]), lambda body: [choice["index"] for choice in body["choices"]] == [0, 1, 2]),
@@ -162,9 +186,13 @@ REFUSED = [
 
 
 @pytest.mark.slow
-def test_text(engine: Engine) -> None:
+def test_text(engine: Engine, tmp_path: Path) -> None:
     model = engine.model("shared/tiny.py.jinja", "make_tiny_model")
     arguments = ["--model", str(model), "--served-model-name", "tiny", *TINY_ARGS]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    engine.run("-c", ADAPTER, adapter)
+    arguments += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"mine={adapter}"]
     rows = [
         *(wrong for wrong, _, _ in REFUSED),
         *ANSWERED,
@@ -184,6 +212,8 @@ def test_text(engine: Engine) -> None:
     theirs = engine.run_batch(ANSWERED, arguments)
     for ours, other in zip(answered, theirs, strict=True):
         assert same(ours) == same(other["response"]["body"])
+    assert answered[-1]["model"] == "mine"
+    assert answered[-1]["choices"] != answered[606]["choices"]  # the same question to the bare model
     assert json.loads(answered[603]["choices"][0]["message"]["content"]) in {"yes", "no"}
 
     for outcome, (_, right) in zip(ended[len(REFUSED) + len(ANSWERED) :], COMPLETED, strict=False):
@@ -231,3 +261,77 @@ def test_embeddings(engine: Engine) -> None:
     for ours, other in zip(ended, theirs, strict=False):
         assert same(ours) == same(other["response"]["body"])
     assert len(ended[602]["data"][0]["embedding"]) == 16
+
+
+def sound(seconds: float) -> bytes:
+    """A tone that rises, as the bytes of a WAV file."""
+    rate = 16000
+    samples = (int(9000 * math.sin(n * (0.05 + n / 8e6))) for n in range(int(rate * seconds)))
+    made = io.BytesIO()
+    with wave.open(made, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(b"".join(struct.pack("<h", sample) for sample in samples))
+    return made.getvalue()
+
+
+def transcription(url: Any, **fields: Any) -> dict[str, Any]:
+    return row(TRANSCRIPTIONS, {"file_url": url} | fields)
+
+
+def data_url(content: bytes) -> str:
+    return "data:audio/wav;base64," + base64.b64encode(content).decode()
+
+
+@pytest.mark.slow
+def test_transcriptions(engine: Engine, tmp_path: Path) -> None:
+    """With what `vllm[audio]` brings, beside the image."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        engine.python,
+        "install",
+        "-q",
+        "--target",
+        tmp_path / "audio",
+    ]
+    subprocess.run([*pip, "--no-deps", "av", "cffi", "scipy", "soundfile", "soxr"], check=True, timeout=600)
+    engine = Engine(engine.python, engine.folder, {"PYTHONPATH": str(tmp_path / "audio")})
+    model = engine.model("shared/tiny_whisper.py.jinja", "make_tiny_whisper")
+    arguments = ["--model", str(model), "--served-model-name", "tiny-whisper", "--enforce-eager"]
+    short, long, bad = tmp_path / "a b.wav", tmp_path / "long.wav", tmp_path / "bad.wav"
+    short.write_bytes(sound(3))
+    long.write_bytes(sound(70))
+    bad.write_bytes(b"not sound at all" * 100)
+    asked = [
+        transcription(data_url(short.read_bytes())),
+        transcription(data_url(short.read_bytes()), language="en", response_format="verbose_json"),
+        transcription(data_url(long.read_bytes()), response_format="verbose_json"),
+    ]
+    same_files = [
+        transcription(str(short)),
+        transcription(short.as_uri(), language="en", response_format="verbose_json"),
+        transcription(str(long), response_format="verbose_json"),
+    ]
+    refused = [
+        (transcription(str(bad)), "unreadable_audio", "audio"),
+        (transcription(data_url(b"")), "unreadable_audio", "audio"),
+        (transcription(str(tmp_path / "none.wav")), "unreadable_audio", "No such file or directory: "),
+        (transcription(5), "invalid_request", "file_url: Input should be a valid string"),
+        (row(TRANSCRIPTIONS, {}), "invalid_request", "file_url: Field required"),
+        (transcription(str(short), language="xx"), "invalid_request", "Unsupported language"),
+        (transcription(str(short), response_format="srt"), "invalid_request", "response_format"),
+    ]
+    ended = engine.answers([*asked, *same_files, *(wrong for wrong, _, _ in refused)], arguments)["ended"]
+
+    for outcome, (_, code, message) in zip(ended[6:], refused, strict=True):
+        assert (outcome["code"], outcome["retry"]) == (code, False), outcome
+        assert message in outcome["message"]
+    theirs = [other["response"]["body"] for other in engine.run_batch(asked, arguments)]
+    assert ended[:3] == theirs
+    assert ended[3:6] == theirs
+    assert theirs[2]["duration"] == 70
+    assert all(segment["start"] <= segment["end"] for segment in theirs[2]["segments"])

@@ -11,7 +11,9 @@ import pytest
 import pieces
 
 
-@pytest.mark.parametrize("piece", ["batch/function.py.jinja", "batch/vllm.py.jinja"])
+@pytest.mark.parametrize(
+    "piece", ["batch/function.py.jinja", "batch/vllm.py.jinja", "shared/tiny_whisper.py.jinja"]
+)
 def test_clean_by_a_users_tools(piece: str, tmp_path: Path) -> None:
     """As the goldens are: `ruff check` and `ruff format`, with ruff's defaults."""
     file = tmp_path / "piece.py"

