@@ -43,7 +43,7 @@ def main() -> int:
 def measured(folder: Path, rounds: int) -> dict[str, list[float]]:
     """The seconds of each side in each round, from a process of the image's interpreter."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import pieces
+    import pieces  # type: ignore[import-not-found]
 
     program = pieces.source("shared/tiny.py.jinja", "batch/vllm.py.jinja")
     (folder / "worker.py").write_text(program, encoding="utf-8")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from gpuctl.specs.batch import BatchSpec
 
+# What `vllm[audio]` brings, as a layer of its own: the engine's is gigabytes, and shared with all other work.
+_AUDIO = ("av", "scipy", "soundfile", "soxr")
 _SHARDS_AT_ONCE = 3  # one that ends, one that is worked on, one that begins
 
 
@@ -66,6 +68,16 @@ def render_batch(
         if url is Url.EMBEDDINGS and not gives(spec.engine_args, "--runner"):
             # Models that can also write are taken for writers otherwise.
             context["engine_args"] = ["--runner", "pooling", *context["engine_args"]]
+        context["transcribes"] = url is Url.TRANSCRIPTIONS
+        if url is Url.TRANSCRIPTIONS:
+            context["pip"] = [*_AUDIO, *spec.pip]
+        if url is Url.TRANSCRIPTIONS and spec.model.repo is None:
+            # The small Whisper: its weights are made beforehand, and its context is its own.
+            context["engine_args"] = [
+                *dict.fromkeys([*spec.engine_build.args, "--enforce-eager"]),
+                *spec.engine_args,
+            ]
+            context["max_model_len"] = None
     # Twice: which imports it needs is known when it is there.
     context |= {"modules": [], "abstract": Code("Iterable"), "typing": Code("Any")}
     context |= _imports(rendered("batch/app.py.jinja", context))

@@ -144,23 +144,7 @@ ANSWERED = [
     chat("Hello!", min_tokens=5, ignore_eos=True, repetition_penalty=1.3, logit_bias={"7": 5}),
     chat("Hello!", model="tiny", user="someone", return_token_ids=True),
     chat([{"type": "text", "text": "Hello!"}]),
-    chat("Hello!", model="mine"),  # the adapter
 ]
-ADAPTER = """
-import json, sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-folder = Path(sys.argv[1])
-torch.manual_seed(1)
-weights = {}
-for layer in range(2):
-    name = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
-    weights[f"{name}.lora_A.weight"] = torch.randn(8, 128)
-    weights[f"{name}.lora_B.weight"] = torch.randn(256, 8)
-save_file(weights, folder / "adapter_model.safetensors")
-config = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": ["v_proj"], "bias": "none"}
-(folder / "adapter_config.json").write_text(json.dumps(config))
-"""
 COMPLETED: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
     (completion("Hello!"), lambda body: body["usage"]["completion_tokens"] == 12),
     (completion(["a", "b", "c"]), lambda body: [choice["index"] for choice in body["choices"]] == [0, 1, 2]),
@@ -186,13 +170,9 @@ REFUSED = [
 
 
 @pytest.mark.slow
-def test_text(engine: Engine, tmp_path: Path) -> None:
+def test_text(engine: Engine) -> None:
     model = engine.model("shared/tiny.py.jinja", "make_tiny_model")
     arguments = ["--model", str(model), "--served-model-name", "tiny", *TINY_ARGS]
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    engine.run("-c", ADAPTER, adapter)
-    arguments += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"mine={adapter}"]
     rows = [
         *(wrong for wrong, _, _ in REFUSED),
         *ANSWERED,
@@ -212,8 +192,6 @@ def test_text(engine: Engine, tmp_path: Path) -> None:
     theirs = engine.run_batch(ANSWERED, arguments)
     for ours, other in zip(answered, theirs, strict=True):
         assert same(ours) == same(other["response"]["body"])
-    assert answered[-1]["model"] == "mine"
-    assert answered[-1]["choices"] != answered[606]["choices"]  # the same question to the bare model
     assert json.loads(answered[603]["choices"][0]["message"]["content"]) in {"yes", "no"}
 
     for outcome, (_, right) in zip(ended[len(REFUSED) + len(ANSWERED) :], COMPLETED, strict=False):
@@ -221,6 +199,41 @@ def test_text(engine: Engine, tmp_path: Path) -> None:
 
     assert report["capacity"] == 512  # twice what vLLM takes at once
     assert report["died"] == "EngineDeadError"
+
+
+ADAPTER = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+folder = Path(sys.argv[1])
+torch.manual_seed(1)
+weights = {}
+for layer in range(2):
+    name = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
+    weights[f"{name}.lora_A.weight"] = torch.randn(8, 128)
+    weights[f"{name}.lora_B.weight"] = torch.randn(256, 8)
+save_file(weights, folder / "adapter_model.safetensors")
+config = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": ["v_proj"], "bias": "none"}
+(folder / "adapter_config.json").write_text(json.dumps(config))
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter(engine: Engine, tmp_path: Path) -> None:
+    """A model that a row names. Not among rows of the bare model: vLLM on a CPU mixes those of one step up."""
+    model = engine.model("shared/tiny.py.jinja", "make_tiny_model")
+    engine.run("-c", ADAPTER, tmp_path)
+    arguments = ["--model", str(model), "--served-model-name", "tiny", *TINY_ARGS]
+    arguments += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"mine={tmp_path}"]
+    rows = [chat("Hello!", model="mine"), chat("Good day!", model="mine")]
+    adapted = engine.answers(rows, arguments)["ended"]
+    assert [same(body) for body in adapted] == [
+        same(other["response"]["body"]) for other in engine.run_batch(rows, arguments)
+    ]
+    bare = engine.answers([chat("Hello!"), chat("Good day!")], arguments)["ended"]
+    assert [body["model"] for body in [*adapted, *bare]] == ["mine", "mine", "tiny", "tiny"]
+    for ours, other in zip(adapted, bare, strict=True):
+        assert ours["choices"] != other["choices"]
 
 
 def embedding(text: Any, **fields: Any) -> dict[str, Any]:
