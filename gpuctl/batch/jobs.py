@@ -35,6 +35,7 @@ class Job:
     url: str
     rows: int
     bad: int  # rows of the input that can have no answer
+    copies: int  # rows that are answered by another's answer, and are in no shard
     shards: int
     digest: str  # sha256 of the rows
     inputs: tuple[str, ...]  # as they were typed

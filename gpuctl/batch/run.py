@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpuctl import __version__
 from gpuctl.batch import jobs
+from gpuctl.batch.copies import FILE_NAME as COPIES
+from gpuctl.batch.copies import with_copies
 from gpuctl.batch.follow import RUNNING, alive, duration, follow
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.remote import Remote
@@ -143,6 +145,7 @@ def prepared(
                 containers=spec.max_containers,
                 defaults=dict(spec.sampling),
                 limit=spec.limit,
+                dedupe=spec.dedupe,
             )
         if not staged.rows:
             raise usage_error(f"INPUT: {', '.join(spec.inputs)} has no rows")
@@ -161,6 +164,7 @@ def prepared(
             url=rows.url.value,
             rows=staged.rows,
             bad=staged.bad,
+            copies=staged.copies,
             shards=staged.shards,
             digest=staged.digest,
             inputs=spec.inputs,
@@ -182,7 +186,8 @@ def _name(spec: BatchSpec, staged: Staged) -> str:
     """The name of a job that was given none: the same for the same work on the same rows, wherever it is started."""
     stem = Path(spec.inputs[0]).name.partition(".")[0] if spec.inputs[0] != "-" else "stdin"
     what = json.dumps(
-        [spec.title, spec.model and spec.model.revision, spec.engine_args, staged.digest], default=str
+        [spec.title, spec.model and spec.model.revision, spec.engine_args, spec.dedupe, staged.digest],
+        default=str,
     )
     short = hashlib.sha256(what.encode()).hexdigest()[:8]
     return f"{names.slug(stem)[: LONGEST_NAME - 9] or 'job'}-{short}"
@@ -213,8 +218,10 @@ def start(
         console.note(note)
     for warning in decided.warnings:
         console.warn(warning)
-    bad = f", of which {what.job.bad:,} can have no answer" if what.job.bad else ""
-    console.say(f"job {what.job.name}: {what.job.rows:,} rows{bad}, in {what.job.shards:,} shards")
+    job = what.job
+    bad = f", of which {job.bad:,} can have no answer" if job.bad else ""
+    same = f", of which {job.copies:,} ask for what others ask for" if job.copies else ""
+    console.say(f"job {job.name}: {job.rows:,} rows{bad}{same}, in {job.shards:,} shards")
     remote = Remote(what.job.name, reach(spec.target), spec.environment, runner, console)
     name = what.job.name
     if not remote.create():
@@ -371,9 +378,12 @@ def fetch(remote: Remote, job: Job, status: Mapping[str, Any], *, console: Conso
     with _staging() as folder:
         with console.spinner("fetching the answers …"):
             remote.get("answers", folder)
+            if job.copies:
+                remote.get(COPIES, folder / COPIES)
         where = destination_of(job)
         with Output(where, job=job.name, url=Url(job.url), columns=job.columns) as output:
-            for result in read_results(folder / "answers"):
+            results = read_results(folder / "answers")
+            for result in with_copies(results, folder) if job.copies else results:
                 if result.error is not None:
                     errors[f"{result.error.code}: {result.error.message}"] += 1
                 output.write(result)
@@ -382,7 +392,7 @@ def fetch(remote: Remote, job: Job, status: Mapping[str, Any], *, console: Conso
         state=str(status["state"]),
         output=job.output,
         errors_file=str(where.errors) if output.failed else None,
-        status=status,
+        status={**status, "rows": job.rows, "done": output.answered, "failed": output.failed},
         commonest=errors.most_common(_COMMONEST),
     )
 

@@ -7,13 +7,16 @@ it costs itself (a call, two commits of the Volume: about a second, while the ro
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
+import itertools
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.batch.answers import dumps
+from gpuctl.batch.copies import Copies
 from gpuctl.batch.rows import Url
 from gpuctl.errors import GpuctlError
 
@@ -41,7 +44,7 @@ class Staged:
     characters: int = 0  # of the requests
     digest: str = ""
     urls: set[Url] = field(default_factory=set)
-    duplicates: int = 0  # rows that are answered by another's answer
+    copies: int = 0  # rows that are answered by another's answer, and are in no shard
 
 
 def stage(
@@ -51,8 +54,10 @@ def stage(
     containers: int,
     defaults: Mapping[str, Any],
     limit: int | None = None,
+    dedupe: bool = False,
 ) -> Staged:
-    """Write the rows into `folder/input`, which is made. `defaults` are put into each request that lacks them.
+    """Write the rows into `folder/input`, which is made. `defaults` are put into each request that lacks them; with
+    `dedupe` a request that an earlier row has is not asked again.
 
     A GpuctlError where the disk is full.
     """
@@ -62,21 +67,28 @@ def stage(
     shard: list[bytes] = []
     size = LARGEST
     first: list[list[bytes]] = []
+    travel = 0  # rows in shards
+    copies = Copies(folder) if dedupe else contextlib.nullcontext()
     try:
-        for row in rows:
-            if limit is not None and staged.rows >= limit:
-                break
-            line = _line(row, defaults, folder, staged)
-            digest.update(line)
-            shard.append(line)
-            staged.rows += 1
-            if len(shard) >= size:
-                if staged.rows <= _FIRST:
-                    first.append(shard)
-                else:
-                    _write(staged, first, shard)
-                shard = []
-        if staged.rows <= _FIRST:
+        with copies as found:
+            for row in itertools.islice(rows, limit):
+                staged.rows += 1
+                line = _line(row, defaults, folder, staged)
+                text = dumps(line).encode() + b"\n"
+                digest.update(text)
+                if found is not None and row.bad is None and not row.media and found.take(line):
+                    staged.copies = found.count
+                    continue
+                shard.append(text)
+                travel += 1
+                staged.characters += len(text)
+                if len(shard) >= size:
+                    if travel <= _FIRST:
+                        first.append(shard)
+                    else:
+                        _write(staged, first, shard)
+                    shard = []
+        if travel <= _FIRST:
             lines = [line for some in first for line in some] + shard
             size = max(SMALLEST, min(LARGEST, -(-len(lines) // (containers * _SHARDS_PER_CONTAINER))))
             first, shard = [lines[at : at + size] for at in range(0, len(lines), size)], []
@@ -90,7 +102,8 @@ def stage(
     return staged
 
 
-def _line(row: Row, defaults: Mapping[str, Any], folder: Path, staged: Staged) -> bytes:
+def _line(row: Row, defaults: Mapping[str, Any], folder: Path, staged: Staged) -> dict[str, Any]:
+    """A row as it stands in a shard."""
     line: dict[str, Any] = {"row": row.number, "id": row.id}
     if row.bad is not None:
         line["bad"] = {"code": row.bad.code, "message": row.bad.message}
@@ -105,9 +118,7 @@ def _line(row: Row, defaults: Mapping[str, Any], folder: Path, staged: Staged) -
             line["media"] = [_travel(row, n, folder) for n in range(len(row.media))]
     if row.columns is not None:
         line["columns"] = row.columns
-    text = dumps(line)
-    staged.characters += len(text)
-    return text.encode() + b"\n"
+    return line
 
 
 def _travel(row: Row, n: int, folder: Path) -> str:

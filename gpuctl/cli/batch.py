@@ -161,6 +161,9 @@ def run(
         bool, typer.Option("--strict", help="Start nothing when a row of the input is malformed.")
     ] = False,
     limit: Annotated[str | None, number("Only the first N rows, for a taste.")] = None,
+    dedupe: Annotated[
+        bool, typer.Option("--dedupe", help="Ask what several rows ask for once, and answer it everywhere.")
+    ] = False,
     max_tokens: Annotated[str | None, number("Most tokens of an answer.")] = None,
     temperature: Annotated[str | None, text("T", "Sampling temperature; 0 is greedy.")] = None,
     top_p: Annotated[

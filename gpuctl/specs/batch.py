@@ -95,6 +95,7 @@ class BatchSpec:
     encoding: str | None
     strict: bool
     limit: int | None
+    dedupe: bool
     sampling: tuple[tuple[str, Any], ...]  # put into each request that does not say it itself
     name: str | None
     gpu: GpuRequest | None
@@ -142,6 +143,7 @@ class BatchSpec:
         encoding: str | None = None,
         strict: bool = False,
         limit: str | None = None,
+        dedupe: bool = False,
         max_tokens: str | None = None,
         temperature: str | None = None,
         top_p: str | None = None,
@@ -250,6 +252,7 @@ class BatchSpec:
             encoding=encoding,
             strict=strict,
             limit=read.optional_whole("--limit", limit, unit="rows"),
+            dedupe=dedupe,
             sampling=sampling,
             name=name,
             gpu=gpu_request,

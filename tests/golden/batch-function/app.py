@@ -35,7 +35,7 @@ from typing import Any, Protocol
 
 import modal
 
-APP_NAME = "gpuctl-batch-texts-606e006a"
+APP_NAME = "gpuctl-batch-texts-b814e469"
 DATA = pathlib.Path("/job")  # where containers have the Volume
 MAX_CONTAINERS = 3
 # Shards that a container works on at once: while the last rows of one are answered, it is
@@ -852,7 +852,7 @@ class Ledger:
     def __init__(self) -> None:
         job = json.loads((DATA / "job.json").read_bytes())
         self.shards: int = job["shards"]
-        self.rows: int = job["rows"]
+        self.rows: int = job["rows"] - job["copies"]
         self.ended: dict[int, dict[str, Any]] = {}
         self.now: dict[int, dict[str, int]] = {}  # shards that are being worked on
         self.containers: dict[str, list[float]] = {}  # from when to when each was up

@@ -1212,7 +1212,7 @@ class Ledger:
     def __init__(self) -> None:
         job = json.loads((DATA / "job.json").read_bytes())
         self.shards: int = job["shards"]
-        self.rows: int = job["rows"]
+        self.rows: int = job["rows"] - job["copies"]
         self.ended: dict[int, dict[str, Any]] = {}
         self.now: dict[int, dict[str, int]] = {}  # shards that are being worked on
         self.containers: dict[str, list[float]] = {}  # from when to when each was up

@@ -36,7 +36,7 @@ from typing import Any, Protocol
 
 import modal
 
-APP_NAME = "gpuctl-batch-texts-721a0dd2"
+APP_NAME = "gpuctl-batch-texts-dfcc2a1a"
 DATA = pathlib.Path("/job")  # where containers have the Volume
 MAX_CONTAINERS = 20
 # Shards that a container works on at once: while the last rows of one are answered, it is
@@ -1136,7 +1136,7 @@ class Ledger:
     def __init__(self) -> None:
         job = json.loads((DATA / "job.json").read_bytes())
         self.shards: int = job["shards"]
-        self.rows: int = job["rows"]
+        self.rows: int = job["rows"] - job["copies"]
         self.ended: dict[int, dict[str, Any]] = {}
         self.now: dict[int, dict[str, int]] = {}  # shards that are being worked on
         self.containers: dict[str, list[float]] = {}  # from when to when each was up
