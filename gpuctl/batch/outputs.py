@@ -48,6 +48,7 @@ class Format(StrEnum):
     VTT = "vtt"
 
 
+SUBTITLES = frozenset({Format.SRT, Format.VTT})
 TABLES = frozenset(
     {Format.JSONL, Format.CSV, Format.TSV, Format.PARQUET}
 )  # the input's columns and the answer

@@ -128,6 +128,14 @@ def destination_of(job: Job) -> Destination:
     return destination(job.output, url=Url(job.url), form=Format(job.format), errors=job.errors)
 
 
+def _needed(url: Url, where: Destination) -> dict[str, str]:
+    """What each request must ask for, that the output can be made of its answer: subtitles are of timed segments."""
+    from gpuctl.batch.outputs import SUBTITLES
+
+    timed = url is Url.TRANSCRIPTIONS and where.format in SUBTITLES
+    return {"response_format": "verbose_json"} if timed else {}
+
+
 @contextlib.contextmanager
 def prepared(
     decided: Decided, rows: Input, where: Destination, *, argv: Sequence[str], console: Console
@@ -143,7 +151,7 @@ def prepared(
                 strict(rows) if spec.strict else rows,
                 folder / "job",
                 containers=spec.max_containers,
-                defaults=dict(spec.sampling),
+                defaults={**_needed(rows.url, where), **dict(spec.sampling)},
                 limit=spec.limit,
                 dedupe=spec.dedupe,
             )
