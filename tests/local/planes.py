@@ -134,8 +134,13 @@ class TestPlane:
         pid = self.now.pid
         eventually(self.supervisors)
         os.kill(pid, signal.SIGSTOP)
-        for supervisor in self.supervisors():
-            os.kill(supervisor, signal.SIGKILL)
+        # One that the plane has just started may not be seen at once.
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            for supervisor in self.supervisors():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(supervisor, signal.SIGKILL)
+            time.sleep(0.05)
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: client.process_start(pid) is None)
 
