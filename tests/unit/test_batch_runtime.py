@@ -39,7 +39,10 @@ class Echo:
         self.tries[number] = self.tries.get(number, 0) + 1
         if self.tries[number] <= body.get("fails", 0):
             return [(key, self.runtime.Failed("exception", "no luck", retry=body.get("again", True)))]
-        return [(key, body.get("answer", {"n": number}))]
+        answer = body.get("answer", {"n": number})
+        for _ in range(body.get("deep", 0)):
+            answer = [answer]
+        return [(key, answer)]
 
 
 @pytest.fixture
@@ -85,10 +88,11 @@ def test_every_row_ends_once_in_order(runtime: ModuleType) -> None:
     rows[5] = {"fails": 9}
     rows[6] = {"fails": 9, "again": False}
     rows[7] = {"answer": float("nan")}
+    rows[8] = {"deep": 100_000}
     shard(runtime, rows)
     processor = Echo(runtime)
     counts = runtime.Line(processor).work(0, "run")
-    assert (counts["rows"], counts["failed"], counts["ended"]) == (50, 4, 1)
+    assert (counts["rows"], counts["failed"], counts["ended"]) == (50, 5, 1)
     found = answers(runtime)
     assert [line["row"] for line in found] == list(range(50))
     assert {line["row"]: line["error"]["code"] for line in found if "error" in line} == {
@@ -96,6 +100,7 @@ def test_every_row_ends_once_in_order(runtime: ModuleType) -> None:
         5: "exception",
         6: "exception",
         7: "not_json",
+        8: "not_json",
     }
     assert found[5]["error"]["message"] == "no luck (tried 2 times)"
     assert found[6]["error"]["message"] == "no luck"

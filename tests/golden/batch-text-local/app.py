@@ -400,7 +400,7 @@ class Shard:
     ) -> None:
         try:
             line = result_line(row, answer, error)
-        except (TypeError, ValueError) as wrong:
+        except (TypeError, ValueError, RecursionError) as wrong:
             error = {"code": "not_json", "message": f"the answer is not JSON: {wrong}"}
             answer, line = None, result_line(row, None, error)
         self.results[row["row"]] = line
