@@ -39,6 +39,7 @@ from gpuctl.reach import environment_name, reach
 from gpuctl.records import now
 from gpuctl.specs import names
 from gpuctl.specs.batch import LONGEST_NAME, BatchSpec
+from gpuctl.specs.engine_args import adapters
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
@@ -154,6 +155,9 @@ def prepared(
                 defaults={**_needed(rows.url, where), **dict(spec.sampling)},
                 limit=spec.limit,
                 dedupe=spec.dedupe,
+                models=None
+                if spec.model is None
+                else {*spec.model.served_names, *adapters(spec.engine_args)},
             )
         if not staged.rows:
             raise usage_error(f"INPUT: {', '.join(spec.inputs)} has no rows")

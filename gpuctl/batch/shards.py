@@ -21,7 +21,7 @@ from gpuctl.batch.rows import Url
 from gpuctl.errors import GpuctlError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     from gpuctl.batch.rows import Row
@@ -55,9 +55,11 @@ def stage(
     defaults: Mapping[str, Any],
     limit: int | None = None,
     dedupe: bool = False,
+    models: Collection[str] | None = None,
 ) -> Staged:
     """Write the rows into `folder/input`, which is made. `defaults` are put into each request that lacks them; with
-    `dedupe` a request that an earlier row has is not asked again.
+    `dedupe` a request that an earlier row has is not asked again. `models` are the names that the engine knows: a
+    request for another (`gpt-4o`, of a file made for somebody else's API) is one for the job's model.
 
     A GpuctlError where the disk is full.
     """
@@ -74,6 +76,8 @@ def stage(
             for row in itertools.islice(rows, limit):
                 staged.rows += 1
                 line = _line(row, defaults, folder, staged)
+                if models is not None and row.body is not None and row.body.get("model", "") not in models:
+                    line["body"].pop("model", None)
                 text = dumps(line).encode() + b"\n"
                 digest.update(text)
                 if found is not None and row.bad is None and not row.media and found.take(line):
@@ -110,7 +114,7 @@ def _line(row: Row, defaults: Mapping[str, Any], folder: Path, staged: Staged) -
         staged.bad += 1
     else:
         body = row.body
-        if defaults and row.url is not Url.FUNCTION and body is not None:
+        if row.url is not Url.FUNCTION and body is not None:
             body = {**defaults, **body}
         line |= {"url": row.url, "body": body}
         staged.urls.add(row.url)

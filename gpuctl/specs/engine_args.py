@@ -8,6 +8,8 @@ wins, so an overlooked spelling would silently undo what the file says.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -191,3 +193,22 @@ def stages(args: Sequence[str]) -> int:
     """Stages that the model's layers are dealt out to (pipeline parallelism); 1 where the arguments do not say."""
     text = memory_args(args).pipeline_parallel
     return int(text) if text is not None and text.isdecimal() and int(text) > 0 else 1
+
+
+def adapters(args: Sequence[str]) -> list[str]:
+    """The names that `--lora-modules NAME=PATH …` gives to adapters; of one given as JSON its `name`."""
+    names = []
+    listed = False
+    for arg in args:
+        if arg.startswith("-"):
+            flag, equals, value = arg.partition("=")
+            listed = flag.replace("_", "-") == "--lora-modules"
+            if not (listed and equals):
+                continue
+            arg = value
+        if listed and arg.startswith("{"):
+            with contextlib.suppress(ValueError):
+                names.append(str(json.loads(arg).get("name")))
+        elif listed:
+            names.append(arg.partition("=")[0])
+    return names

@@ -14,6 +14,7 @@ from gpuctl.batch.copies import with_copies
 from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Problem, Result, Row, Url
 from gpuctl.batch.shards import LARGEST, Staged, stage
+from gpuctl.specs.engine_args import adapters
 
 
 def rows(count: int, kinds: int | None = None) -> Iterator[Row]:
@@ -102,3 +103,20 @@ def answer(line: dict[str, Any]) -> dict[str, Any]:
     if line["row"] == 5:
         return {"error": {"code": "exception", "message": "no"}}
     return {"answer": {"was": line["row"]}}
+
+
+def test_another_api_s_model_is_the_job_s(tmp_path: Path) -> None:
+    bodies = [{"model": "gpt-4o"}, {"model": "tiny"}, {"model": "sql"}, {}]
+    asked = [Row(n, str(n), Url.CHAT, dict(body)) for n, body in enumerate(bodies)]
+    staged = stage(asked, tmp_path / "job", containers=1, defaults={}, models={"tiny", "sql"})
+    assert [line["body"] for line in lines(staged)[0]] == [{}, {"model": "tiny"}, {"model": "sql"}, {}]
+    assert asked[0].body == {"model": "gpt-4o"}
+
+
+def test_adapters_have_names() -> None:
+    assert adapters(["--lora-modules", "sql=/x", '{"name": "b", "path": "/y"}', "--seed", "3"]) == [
+        "sql",
+        "b",
+    ]
+    assert adapters(["--lora-modules=sql=/x", "--enable-lora"]) == ["sql"]
+    assert adapters(["--seed", "3"]) == []
