@@ -140,6 +140,7 @@ def test_lists_of_rows_columns_and_bad_lines(batch: Batch) -> None:
     assert "table.csv:4" in err
 
 
+@pytest.mark.slow
 def test_what_was_cancelled_goes_on_where_it_stopped(batch: Batch) -> None:
     batch.plane.modal("volume", "create", "gate")
     (batch.folder / "open").write_text("yes")
@@ -221,6 +222,7 @@ def storm(batch: Batch, count: int, kills: int, seed: int) -> Counter[str]:
     pytest.fail(f"not done in time, after {killed}: {batch.run('status', f'storm-{seed}')}")
 
 
+@pytest.mark.slow
 def test_a_few_kills(batch: Batch) -> None:
     killed = storm(batch, 2000, kills=6, seed=4)
     assert killed.total() > 0
@@ -235,6 +237,7 @@ def test_a_hundred_kills_over_twenty_thousand_rows(batch: Batch) -> None:
     check_squares(batch, 20_000)
 
 
+@pytest.mark.slow
 def test_what_failed_is_tried_again_with_other_options(batch: Batch) -> None:
     (batch.folder / "fussy.py").write_text(
         "import os\n\ndef process(row):\n    if os.path.exists('/marks/fixed') or row['n'] != 3:\n"
