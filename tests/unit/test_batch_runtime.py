@@ -187,11 +187,22 @@ def test_a_row_of_which_the_container_died_alone_is_given_up(runtime: ModuleType
     part(runtime, "1", {"begin": "a"})
     part(runtime, "2", {"begin": "b"}, {"trying": [7, 8], "alone": False})
     part(runtime, "3", {"begin": "c"}, {"trying": [7], "alone": True})
+    part(runtime, "4", {"begin": "d"}, {"trying": [7], "alone": True})
     processor = Echo(runtime)
     counts = runtime.Line(processor).work(0, "run")
     assert (counts["rows"], counts["failed"]) == (40, 1)
     assert answers(runtime)[7]["error"]["code"] == "container_died"
     assert 7 not in processor.tries
+
+
+def test_once_may_have_been_chance(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(40)])
+    part(runtime, "1", {"begin": "a"})
+    part(runtime, "2", {"begin": "b"}, {"trying": [7], "alone": True})
+    processor = Echo(runtime)
+    runtime.Line(processor).work(0, "run")
+    assert all("error" not in line for line in answers(runtime))
+    assert processor.together[0] == [7], "alone again"
 
 
 def test_a_row_that_was_last_and_not_alone_is_not_blamed(runtime: ModuleType) -> None:

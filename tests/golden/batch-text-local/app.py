@@ -223,14 +223,17 @@ class Parts:
 
     An attempt without its end died. The rows that it may have died of are those of its
     last {"trying": […]}, which an attempt writes when earlier ones died. With "alone": true
-    it tried a single row, and nothing else in its container: then that is the reason.
+    it tried a single row, and nothing else in its container: the second time that it dies
+    so, that row is the reason.
     """
 
     def __init__(self) -> None:
         self.results: dict[int, bytes] = {}
         self.deaths = 0  # since the last row that was found to be the reason
         self.suspects: list[int] = []  # what the last that died was trying
-        self.guilty: int | None = None  # the row that it tried alone
+        # How often an attempt died with this row alone.
+        self.alone: collections.Counter[int] = collections.Counter()
+        self.guilty: int | None = None  # that it died of
 
     def add(self, content: bytes) -> None:
         """The next attempt, in the order in which they began."""
@@ -252,7 +255,10 @@ class Parts:
         if lines and not ended:
             self.deaths += 1
             self.suspects = [row for row in trying if row not in self.results]
-            self.guilty = self.suspects[0] if alone and self.suspects else None
+            if alone and self.suspects:
+                self.alone.update(self.suspects)
+            twice = [row for row in self.suspects if self.alone[row] > 1]
+            self.guilty = twice[0] if twice else None
 
 
 def forget_failed(shard: int, run: str) -> None:
