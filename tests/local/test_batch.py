@@ -230,14 +230,6 @@ def test_a_few_kills(batch: Batch) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_over_twenty_thousand_rows(batch: Batch) -> None:
-    killed = storm(batch, 20_000, kills=100, seed=5)
-    assert killed.total() > 50, killed
-    assert len(killed) == 3
-    check_squares(batch, 20_000, tries=1)
-
-
-@pytest.mark.slow
 def test_what_failed_is_tried_again_with_other_options(batch: Batch) -> None:
     (batch.folder / "fussy.py").write_text(
         "import os\n\ndef process(row):\n    if os.path.exists('/marks/fixed') or row['n'] != 3:\n"
