@@ -159,6 +159,7 @@ COMPLETED: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
 ]
 REFUSED = [
     (chat("bado " * 3000), "context_length_exceeded", "the prompt has 3"),
+    (chat("bado " * 9000), "context_length_exceeded", "the prompt has 9"),
     (completion("bado " * 3000), "context_length_exceeded", "and the model's context 2048"),
     (chat("Hello!", temperature="hot"), "invalid_request", "temperature: Input should be a valid number"),
     (chat("Hello!", temperature=-1), "invalid_request", "temperature must be non-negative"),

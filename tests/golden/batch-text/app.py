@@ -909,7 +909,8 @@ def with_lengths(render: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return render(*args, **options)
         except VLLMValidationError as error:
-            if error.parameter != "input_tokens":
+            by_text = error.parameter == "input_text" and error.value <= MOST_COUNTED
+            if error.parameter != "input_tokens" and not by_text:
                 raise
         call = inspect.signature(render).bind(*args, **options)
         limits = call.arguments["tok_params"]
@@ -922,6 +923,9 @@ def with_lengths(render: Callable[..., Any]) -> Callable[..., Any]:
         raise TooLong(tokens, limits.max_total_tokens)
 
     return rendered
+
+
+MOST_COUNTED = 4_000_000  # characters: some seconds
 
 
 class Transcriber:
