@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gpuctl.local.image_rpcs import Images
     from gpuctl.local.logs import Logs
     from gpuctl.local.mounts import Mounts
+    from gpuctl.local.schedules import Schedules
     from gpuctl.local.servers import Servers
     from gpuctl.local.tasks import Tasks
     from gpuctl.local.volumes import Volumes
@@ -60,6 +61,7 @@ class Apps:
         calls: Calls,
         tasks: Tasks,
         logs: Logs,
+        schedules: Schedules,
         forget_environment: Sequence[Callable[[str], None]],
     ) -> None:
         self._store = store
@@ -73,6 +75,7 @@ class Apps:
         self._calls = calls
         self._tasks = tasks
         self._logs = logs
+        self._schedules = schedules
         self._heartbeats: dict[str, float] = {}
         self._stops: dict[str, asyncio.Task[None]] = {}
         self._idle_stops: set[asyncio.Task[None]] = set()
@@ -95,6 +98,7 @@ class Apps:
             ):
                 await self._calls.publish(deployment)
         self._calls.resume()
+        self._schedules.start()
 
     async def watch_clients(self) -> None:
         """Stop the apps whose client is gone without a word. Runs for ever."""
@@ -131,6 +135,7 @@ class Apps:
 
     async def _stop(self, app: App) -> None:
         self._store.set_app(app.id, state=STOPPING)
+        self._schedules.forget(app.id)
         await asyncio.gather(self._servers.close_app(app.id), self._calls.close_app(app.id))
         await self._tasks.stop_all(app.id)
         if app.state == DEPLOYED:  # who runs an ephemeral one sees its end
@@ -263,6 +268,8 @@ class Apps:
             self._store.forget_live_settings(app.id)
         await self._servers.publish(deployment)
         await self._calls.publish(deployment)
+        if state == DEPLOYED:
+            self._schedules.publish(deployment)
 
     def _warnings(self, deployment: Deployment) -> list[Any]:
         def of_image(image_id: str) -> Iterable[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import pickle
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +242,26 @@ class Calls:
             retry_policy=pool.retry_policy,
             max_inputs_outstanding=_MOST_OUTSTANDING,
         )
+
+    def fire(self, function_id: str, key: str) -> None:
+        """Call a function without arguments and without a caller, as its schedule does; once for each `key`."""
+        pool = self._pool(function_id)
+        arguments = api_pb2.FunctionInput(
+            args=pickle.dumps(((), {})), data_format=api_pb2.DATA_FORMAT_PICKLE
+        ).SerializeToString()
+        row = CallRow(
+            num=0,
+            id=new_id("fc"),
+            app_id=pool.app_id,
+            function_id=pool.function_id,
+            kind=api_pb2.FUNCTION_CALL_TYPE_UNARY,
+            invocation=api_pb2.FUNCTION_CALL_INVOCATION_TYPE_ASYNC,
+            parent_input_id="",
+            created_at=time.time(),
+        )
+        row, new = self._ledger.add(row, key, [(0, arguments)])
+        if new:
+            pool.inputs.add([Input(row, 0, 0, 0.0, self._ledger.kept_in_memory(arguments), "")])
 
     @rpc("FunctionPutInputs")
     async def put_inputs(self, request: Any, _call: Call) -> Any:

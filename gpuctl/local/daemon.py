@@ -234,6 +234,7 @@ class ControlPlane:
         from gpuctl.local.mounts import Mounts
         from gpuctl.local.proxy_tokens import ProxyTokens
         from gpuctl.local.queues import Queues
+        from gpuctl.local.schedules import Schedules
         from gpuctl.local.secrets import Secrets
         from gpuctl.local.servers import Servers
         from gpuctl.local.store import Store
@@ -287,6 +288,7 @@ class ControlPlane:
         self._servers.attach(self._functions, self._tasks)
         self._calls = Calls(store, Ledger(store), self._functions, self._tasks, self._logs, Capacity())
         self._servers.settings_hooks.append(self._calls.configure)
+        self._schedules = Schedules(store, self._functions, self._calls.fire)
         self._apps = Apps(
             store,
             self._environments,
@@ -298,6 +300,7 @@ class ControlPlane:
             self._calls,
             self._tasks,
             self._logs,
+            self._schedules,
             [noun.forget_environment for noun in (self._items, self._volumes, self._secrets)],
         )
         run = state_dir / "run"
@@ -437,6 +440,7 @@ class ControlPlane:
 
     async def stop(self) -> None:
         """End what runs, in order: no new calls, then containers (they may still talk), then the rest."""
+        self._schedules.stop()
         for watch in self._watches:
             watch.cancel()
         for server in self._listeners[:1]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
+from gpuctl.local import schedules
 from gpuctl.local.ids import is_id, new_id
 from gpuctl.local.store import App, Deployment, Function, Layout, Store
 from gpuctl.local.variants import apply_options
@@ -183,7 +184,7 @@ class Functions:
 
     @rpc(
         "FunctionCreate",
-        differs="web functions are refused; GPUs, schedules and memory snapshots are warned of at publish",
+        differs="web functions are refused; GPUs and memory snapshots are warned of at publish",
     )
     async def create(self, request: Any, _call: Call) -> Any:
         data = _as_data(request)
@@ -198,6 +199,7 @@ class Functions:
             raise unimplemented(
                 "Cloud bucket mounts and network file systems do not exist in the local control plane"
             )
+        schedules.check(data)
         if data._experimental_group_size > 1:
             raise unimplemented("Clustered functions do not exist in the local control plane")
         row = self._row_for(request.app_id, data.function_name, request.existing_function_id)
@@ -319,8 +321,6 @@ class Functions:
             first = data.ranked_functions[0].function
             if said_of_gpus := self.gpu_warning(name, data):
                 said[said_of_gpus] = None
-            if data.HasField("schedule") or first.HasField("schedule"):
-                said[f"{name}: its schedule does not fire on the local control plane."] = None
             if first.checkpointing_enabled:
                 said[f"{name}: no memory snapshot is taken; what is to be in it runs in every container."] = (
                     None

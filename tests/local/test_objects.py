@@ -246,7 +246,6 @@ def test_history_tags_and_what_is_refused(plane: TestPlane) -> None:
 def test_what_differs_is_said_when_deploying(plane: TestPlane) -> None:
     done = plane.modal("deploy", "differs.py")
     said = " ".join((done.stdout + done.stderr).split())
-    assert "nightly: its schedule does not fire" in said
     assert "Served: GPU H100:2 or A100-80GB:1 asked for" in said
     plane.quick("app", "stop", "t-differs", "--yes")
 

@@ -5,11 +5,6 @@ import modal
 app = modal.App("t-differs")
 
 
-@app.function(schedule=modal.Period(days=1))
-def nightly():
-    raise NotImplementedError
-
-
 @app.server(port=8000, routing_region="us-east", gpu=["H100:2", "A100-80GB"], max_containers=1)
 class Served:
     @modal.enter()
