@@ -112,6 +112,10 @@ class Progress:
 
     def _line(self, status: Mapping[str, Any], ended: int) -> str:
         rows = status["rows"]
+        if status.get("phase") == "reading":
+            return "reading the rows in the cloud …"
+        if status.get("phase") == "writing":
+            return "writing the answers in the cloud …"
         parts = [f"{_bar(ended, rows)}{ended:,} of {rows:,} rows"]
         if status["failed"]:
             parts.append(f"{status['failed']:,} failed")

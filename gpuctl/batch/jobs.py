@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from gpuctl.batch.remote import Remote
     from gpuctl.target import Target
 
 FILE_NAME = "job.py"
@@ -47,6 +48,8 @@ class Job:
     argv: tuple[str, ...]
     created_at: str
     gpuctl_version: str
+    schedule: dict[str, Any] | None = None  # specs.schedule's document: the rows are read anew for each run
+    stopped_at: str | None = None  # when the schedule was ended
     schema: int = SCHEMA
 
     def document(self) -> dict[str, Any]:
@@ -74,8 +77,19 @@ def save(target: Target, environment: str, job: Job, source: str) -> Path:
     """Keep a job, and the file that is to be deployed; where that is."""
     folder = folder_of(target, environment, job.name)
     write_private(folder / FILE_NAME, source)
-    write_private(folder / "job.json", json.dumps(job.document(), indent=2))
+    keep(target, environment, job)
     return folder / FILE_NAME
+
+
+def keep(target: Target, environment: str, job: Job) -> None:
+    """Keep what is known of a job whose file is here."""
+    write_private(folder_of(target, environment, job.name) / "job.json", json.dumps(job.document(), indent=2))
+
+
+def read(remote: Remote) -> Job | None:
+    """What the job's Volume says of it."""
+    document = remote.read_json("job.json")
+    return None if document is None else Job.from_document(document)
 
 
 def get(target: Target, environment: str, name: str) -> Job | None:

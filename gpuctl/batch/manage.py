@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpuctl.batch import jobs
+from gpuctl.batch import jobs, schedules
 from gpuctl.batch.follow import RUNNING, alive, duration
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.remote import Remote
@@ -21,6 +21,7 @@ from gpuctl.batch.run import destination_of, fetch, resume
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.reach import environment_name, reach
 from gpuctl.specs.batch import PREFIX
+from gpuctl.specs.remote_paths import is_remote
 from gpuctl.target import Target
 from gpuctl.times import age
 
@@ -60,7 +61,11 @@ class Standing:
 
     @property
     def state(self) -> str:
-        """`done`, `stopped`, `failed`, `running`; `lost`: its driver died; `uploaded`: it never ran."""
+        """`done`, `stopped`, `failed`, `running`; `lost`: its driver died; `uploaded`: it never ran; `scheduled`."""
+        if self.job is not None and self.job.schedule is not None:
+            if self.status is not None and self.status["state"] == RUNNING and alive(self.status):
+                return RUNNING
+            return "stopped" if self.job.stopped_at else "scheduled"
         if self.status is None:
             return "uploaded" if self.job else "incomplete"
         if self.status["state"] == RUNNING and not alive(self.status):
@@ -74,11 +79,19 @@ class Standing:
             **kept,
             "state": self.state,
             "work": self.job.work if self.job else None,
-            "rows": self.job.rows if self.job else None,
+            "rows": self.rows,
             "inputs": list(self.job.inputs) if self.job else None,
             "output": self.job.output if self.job else None,
             "created_at": self.job.created_at if self.job else None,
+            **schedules.document(self.job, self.status),
         }
+
+    @property
+    def rows(self) -> int | None:
+        """Of a schedule: those of its last run."""
+        if self.job is None:
+            return None
+        return self.job.rows if self.job.schedule is None or self.status is None else self.status["rows"]
 
     def cells(self) -> tuple[str, ...]:
         status = self.status or {"done": 0, "failed": 0, "usd": None}
@@ -87,10 +100,11 @@ class Standing:
             self.state,
             f"{status['done']:,}",
             f"{status['failed']:,}",
-            f"{self.job.rows:,}" if self.job else "",
+            "" if self.rows is None else f"{self.rows:,}",
             self.job.work if self.job else "",
             "" if status["usd"] is None else f"${status['usd']:.2f}",
             age(self.job.created_at) if self.job else "",
+            *schedules.cells(self.job, self.status),
         )
 
     def lines(self) -> Iterator[str]:
@@ -124,9 +138,10 @@ def listed(target: Target, environment: str | None, *, runner: Runner, console: 
 
     def standing(remote: Remote) -> Standing:
         job = known.get(remote.job)
-        document = None if job else remote.read_json("job.json")
+        # Of rows that are read in the cloud, and of schedules, only the Volume knows.
+        document = None if job and job.rows else remote.read_json("job.json")
         if document is not None:
-            job = Job.from_document(document)
+            job = Job.from_document(document) or job
         return Standing(remote.job, job, remote.read_json("status.json"))
 
     with ThreadPoolExecutor(8) as pool:  # each is a process that waits for an answer
@@ -148,7 +163,13 @@ def _names(any_remote: Remote) -> list[Remote]:
 
 
 def with_output(job: Job, output: str | None, *, overwrite: bool) -> Job:
-    """The job with another output, which must not exist yet."""
+    """The job with another output, which must not exist yet; answers that are written in the cloud, are there."""
+    if output is not None and is_remote(output):
+        raise usage_error(
+            f"--output: {output!r} is in the cloud; answers are fetched into a file of this machine"
+        )
+    if output is None and is_remote(job.output):
+        return job
     if output is not None:
         job = dataclasses.replace(job, output=output, errors=None)
     destination_of(job).check(overwrite=overwrite)
@@ -158,6 +179,10 @@ def with_output(job: Job, output: str | None, *, overwrite: bool) -> Job:
 def fetch_of(remote: Remote, output: str | None, *, overwrite: bool, partial: bool) -> Summary:
     """The answers of a job that has ended; with `partial` those of the shards that have."""
     job = with_output(job_of(remote), output, overwrite=overwrite)
+    if is_remote(job.output):
+        raise usage_error(
+            f"--output: needed: the answers of job {job.name!r} are in {job.output}; name a file of this machine"
+        )
     status = remote.read_json("status.json")
     state = Standing(job.name, job, status).state
     if status is None or (state != "done" and not partial):
@@ -171,6 +196,9 @@ def fetch_of(remote: Remote, output: str | None, *, overwrite: bool, partial: bo
 def cancel_job(remote: Remote, *, now: bool) -> None:
     """Ask the driver to end, and wait until it has; `now`: stop the App."""
     job = job_of(remote)
+    if job.schedule is not None:
+        schedules.cancel(remote, job, at_once=now)
+        return
     state = Standing(job.name, job, remote.read_json("status.json")).state
     if state in ("done", "stopped", "failed"):
         remote.console.note(f"job {job.name} has ended already ({state})")
@@ -241,7 +269,9 @@ def remove_job(remote: Remote, *, yes: bool) -> None:
         remote.env.target, environment_name(remote.env.target, remote.environment), name
     ) or job_of(remote)
     if not yes and not remote.console.confirm(
-        f"Delete job '{job.name}', its {job.rows:,} rows and their answers?",
+        f"Delete job '{job.name}', its schedule and the answers of all runs?"
+        if job.schedule is not None
+        else f"Delete job '{job.name}', its {job.rows:,} rows and their answers?",
         refused="--yes: needed to delete a job when there is no terminal to ask on",
     ):
         raise GpuctlError("not deleted")

@@ -126,6 +126,11 @@ def destination(
     return Destination(path, form, beside)
 
 
+def needed(url: Url, form: Format) -> dict[str, str]:
+    """What each request must ask for, that the output can be made of its answer: subtitles are of timed segments."""
+    return {"response_format": "verbose_json"} if url is Url.TRANSCRIPTIONS and form in SUBTITLES else {}
+
+
 def _by_name(output: str, path: Path | None) -> Format | None:
     if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
         return Format.OPENAI  # stdout, a pipe

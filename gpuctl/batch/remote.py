@@ -144,6 +144,17 @@ class Remote:
                 return str(json.loads(line)["run"])
         raise self.failed("the job was not started", done)
 
+    def ask(self, file: Path, entrypoint: str) -> dict[str, Any]:
+        """What an entrypoint of the file prints, which is one line of JSON; it runs in the cloud."""
+        argv = [*MODAL, "run", *self._of_environment(), f"{file}::{entrypoint}"]
+        self.console.detail(f"$ {shown(argv)}")
+        done = self.runner.run(argv, self.env, timeout=None)
+        for line in done.stdout.splitlines():
+            if done.returncode == 0 and line.startswith("{"):
+                document: dict[str, Any] = json.loads(line)
+                return document
+        raise self.failed("the rows cannot be looked at", done)
+
     def stop(self) -> None:
         """The App, with its containers; nothing where it does not run."""
         done = self.runner.run(app_stop_argv(self.name, environment=self.environment), self.env)

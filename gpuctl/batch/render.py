@@ -10,6 +10,7 @@ from gpuctl.batch.rows import Url
 from gpuctl.render import Code, engine_context, header, rendered, resources_context
 from gpuctl.specs.batch import PREFIX
 from gpuctl.specs.engine_args import gives
+from gpuctl.specs.remote_paths import GCS, GCS_ENDPOINT, REQUIRED_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,18 +80,61 @@ def render_batch(
             ]
             context["max_model_len"] = None
     # Twice: which imports it needs is known when it is there.
+    context |= _files(spec)
     context |= {"modules": [], "abstract": Code("Iterable"), "typing": Code("Any")}
     context |= _imports(rendered("batch/app.py.jinja", context))
     # Where a piece is left out, the empty lines around it stay.
     return re.sub(r"\n{4,}", "\n\n\n", rendered("batch/app.py.jinja", context))
 
 
+# What reading rows and writing answers takes beside gpuctl's own code: the versions of requirements.lock.
+_FILES_PACKAGES = ("jinja2==3.1.6", "pyarrow==26.0.1")
+
+
+def _files(spec: BatchSpec) -> dict[str, Any]:
+    """What the template says of rows and answers that are in the cloud, and of the schedule."""
+    reads, writes = spec.mounts
+    every = {mount.path: mount for mount in (*reads, *writes)}.values()
+    created = {mount.path for mount in writes} - {mount.path for mount in reads}
+    return {
+        "files": bool(every),
+        "files_packages": _FILES_PACKAGES,
+        "reads": reads,
+        "writes": writes,
+        "schedule": spec.schedule
+        and {
+            "cron": spec.schedule.cron,
+            "timezone": spec.schedule.timezone,
+            "unit": Code(spec.schedule.unit or ""),
+            "count": spec.schedule.count,
+        },
+        "mounted_volumes": [
+            {"path": mount.path, "place": mount.place, "create": mount.path in created}
+            for mount in every
+            if not mount.in_bucket
+        ],
+        "mounted_buckets": [
+            {
+                "path": mount.path,
+                "place": mount.place,
+                "endpoint": GCS_ENDPOINT if mount.scheme == GCS else spec.bucket_endpoint,
+                "key_prefix": f"{mount.folder}/" if mount.folder else None,
+                "secret": spec.bucket_secret,
+                "required_keys": REQUIRED_KEYS[mount.scheme],
+                "read_only": mount.read_only,
+            }
+            for mount in every
+            if mount.in_bucket
+        ],
+    }
+
+
 # What the pieces use of the standard library by the module's name, and of collections.abc by its own.
 _MODULES = (
-    "asyncio", "base64", "collections", "concurrent.futures", "contextlib", "dataclasses", "functools", "gc",
-    "gzip", "heapq", "importlib.util", "inspect", "io", "itertools", "json", "logging", "math", "os", "pathlib",
-    "queue", "random", "re", "secrets", "shlex", "shutil", "struct", "subprocess", "sys", "tempfile", "threading",
-    "time", "traceback", "types", "urllib.parse", "urllib.request", "uuid",
+    "asyncio", "base64", "collections", "concurrent.futures", "contextlib", "dataclasses", "datetime", "functools",
+    "gc", "gzip", "heapq", "importlib.util", "inspect", "io", "itertools", "json", "logging", "math", "os", "pathlib",
+    "pkgutil", "queue", "random", "re", "secrets", "shlex", "shutil", "struct", "subprocess", "sys", "tempfile",
+    "threading", "time", "traceback", "types", "urllib.parse", "urllib.request", "uuid",
 )  # fmt: skip
 _ABSTRACT = ("AsyncIterator", "Awaitable", "Callable", "Iterable", "Iterator", "Mapping", "Sequence")
 

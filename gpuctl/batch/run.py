@@ -32,7 +32,7 @@ from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Url
 from gpuctl.batch.shards import Staged, stage
 from gpuctl.cost import usd
-from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.paths import cache_dir
 from gpuctl.plan import command_of
 from gpuctl.reach import environment_name, reach
@@ -40,6 +40,7 @@ from gpuctl.records import now
 from gpuctl.specs import names
 from gpuctl.specs.batch import LONGEST_NAME, BatchSpec
 from gpuctl.specs.engine_args import adapters
+from gpuctl.specs.remote_paths import is_remote
 from gpuctl.target import Target
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
     rows = open_input(
         spec.inputs,
         kind=None if spec.input_format is None else Kind(spec.input_format),
-        url=_asked(spec),
+        url=asked(spec),
         prompt=spec.prompt,
         system=spec.system,
         messages_column=spec.messages_column,
@@ -113,7 +114,7 @@ def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
 _KINDS = {"embedding": Url.EMBEDDINGS, "speech": Url.TRANSCRIPTIONS}
 
 
-def _asked(spec: BatchSpec) -> Url | None:
+def asked(spec: BatchSpec) -> Url | None:
     """What is asked of the rows, where the work says it; else they do, and a plain one is a chat."""
     if spec.function is not None:
         return Url.FUNCTION
@@ -129,30 +130,23 @@ def destination_of(job: Job) -> Destination:
     return destination(job.output, url=Url(job.url), form=Format(job.format), errors=job.errors)
 
 
-def _needed(url: Url, where: Destination) -> dict[str, str]:
-    """What each request must ask for, that the output can be made of its answer: subtitles are of timed segments."""
-    from gpuctl.batch.outputs import SUBTITLES
-
-    timed = url is Url.TRANSCRIPTIONS and where.format in SUBTITLES
-    return {"response_format": "verbose_json"} if timed else {}
-
-
 @contextlib.contextmanager
 def prepared(
     decided: Decided, rows: Input, where: Destination, *, argv: Sequence[str], console: Console
 ) -> Iterator[Prepared]:
     """Read the input to its end, and render. The rows are kept in a folder as long as this lasts."""
     from gpuctl.batch.inputs import strict
+    from gpuctl.batch.outputs import needed
 
     spec = decided.spec
     console.say(rows.describe())
-    with _staging() as folder:
+    with staging() as folder:
         with console.spinner("reading …"):
             staged = stage(
                 strict(rows) if spec.strict else rows,
                 folder / "job",
                 containers=spec.max_containers,
-                defaults={**_needed(rows.url, where), **dict(spec.sampling)},
+                defaults={**needed(rows.url, where.format), **dict(spec.sampling)},
                 limit=spec.limit,
                 dedupe=spec.dedupe,
                 models=None
@@ -189,6 +183,10 @@ def prepared(
             created_at=now(),
             gpuctl_version=__version__,
         )
+        if spec.remote_output:
+            from gpuctl.batch.remote_files import put_code
+
+            put_code(staged.folder, spec, job, made_for=rows.url)
         for warning in rows.warnings():
             console.warn(warning)
         yield Prepared(job, staged, source)
@@ -206,7 +204,7 @@ def _name(spec: BatchSpec, staged: Staged) -> str:
 
 
 @contextlib.contextmanager
-def _staging() -> Iterator[Path]:
+def staging() -> Iterator[Path]:
     """A folder of our own, in which what others of us left behind when they were killed is swept first."""
     root = cache_dir() / "batch"
     root.mkdir(mode=0o700, exist_ok=True)
@@ -239,7 +237,7 @@ def start(
     if not remote.create():
         there = remote.read_json("job.json")
         if there is not None:
-            return remote, _go_on(spec, what, there, remote, environment, console, yes=yes)
+            return remote, go_on(spec, what, there, remote, environment, console, yes=yes)
     if spec.target is Target.MODAL and not yes:
         each = (
             ""
@@ -290,7 +288,7 @@ class _Upload(threading.Thread):
             raise self._error
 
 
-def _go_on(
+def go_on(
     spec: BatchSpec,
     what: Prepared,
     there: dict[str, Any],
@@ -367,6 +365,12 @@ def finish(
         status = found
     if status["state"] != RUNNING:
         remote.stop()
+    if status.get("phase") == "reading":  # in the cloud, and nothing was asked yet
+        raise GpuctlError(
+            status["problem"],
+            hint=status.get("hint"),
+            exit_code=EXIT_USAGE if status.get("usage") else EXIT_FAILURE,
+        )
     if status["state"] == "failed":
         raise GpuctlError(
             f"job {job.name} failed: {status['problem']}",
@@ -379,19 +383,29 @@ def finish(
             f"{status['done'] + status['failed']:,} of {status['rows']:,} rows are done, and kept",
             hint=f"`{remote.command('resume')}` goes on, `{remote.command('fetch')} --partial` fetches what there is",
         )
+    if not job.rows:  # which were read in the cloud
+        job = jobs.read(remote) or job
+        environment = environment_name(remote.env.target, remote.environment)
+        jobs.keep(remote.env.target, environment, job)
+    if is_remote(job.output):
+        from gpuctl.batch.remote_files import published
+
+        return published(remote, job, status)
     return fetch(remote, job, status, console=console)
 
 
-def fetch(remote: Remote, job: Job, status: Mapping[str, Any], *, console: Console) -> Summary:
-    """Download the answers and write the output."""
+def fetch(
+    remote: Remote, job: Job, status: Mapping[str, Any], *, console: Console, home: str = ""
+) -> Summary:
+    """Download the answers and write the output. `home` is the folder in the Volume of a run of a schedule."""
     from gpuctl.batch.outputs import Output
 
     errors: Counter[str] = Counter()
-    with _staging() as folder:
+    with staging() as folder:
         with console.spinner("fetching the answers …"):
-            remote.get("answers", folder)
+            remote.get(f"{home}answers", folder)
             if job.copies:
-                remote.get(COPIES, folder / COPIES)
+                remote.get(f"{home}{COPIES}", folder / COPIES)
         where = destination_of(job)
         with Output(where, job=job.name, url=Url(job.url), columns=job.columns) as output:
             results = read_results(folder / "answers")

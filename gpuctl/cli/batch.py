@@ -115,7 +115,7 @@ def run(
             metavar="INPUT...",
             show_default=False,
             help="Files (OpenAI Batch or plain JSONL, CSV, TSV, Parquet, text; .gz and .zst), folders or globs of "
-            "audio, image or text files, or - for what is piped in.",
+            "audio, image or text files, or - for what is piped in; also volume://NAME/PATH and s3://BUCKET/KEY.",
         ),
     ],
     task: Annotated[
@@ -224,6 +224,24 @@ def run(
     vllm_version: Annotated[str | None, text("X.Y.Z", "The engine's version.")] = None,
     pip: Annotated[list[str] | None, repeatable("PACKAGE", "A Python package to install too.")] = None,
     apt: Annotated[list[str] | None, repeatable("PACKAGE", "A Debian package to install too.")] = None,
+    bucket_secret: Annotated[
+        str | None,
+        text("NAME", "The Secret of Modal's that opens the bucket of s3:// or gs:// paths."),
+    ] = None,
+    bucket_endpoint: Annotated[
+        str | None,
+        text("URL", "Where s3:// is, if not at Amazon: https://ACCOUNT.r2.cloudflarestorage.com."),
+    ] = None,
+    cron: Annotated[
+        str | None,
+        text(
+            "EXPR", "Run it by this schedule, over the rows as they are then: '0 0 * * *' is each midnight."
+        ),
+    ] = None,
+    timezone: Annotated[str | None, text("ZONE", "The clock of --cron. [default: UTC]")] = None,
+    every: Annotated[
+        str | None, text("PERIOD", "Run it every 30m, 1h or 7d, over the rows as they are then.")
+    ] = None,
     local: Local = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the module that would be deployed; nothing runs.")
@@ -253,16 +271,28 @@ def run(
             "--json: tells how the job ended; it does not go with --dry-run, --render or --events"
         )
     spec = spec_of(ctx.params, ctx.meta.get(_ENGINE_ARGS, ()))
+    if events and spec.schedule is not None:
+        raise usage_error(
+            "--events: a schedule is deployed, and not followed; `gpuctl batch status` shows its runs"
+        )
     console = Console(quiet=quiet, verbose=verbose, json=json)
     unset = [variable for variable in spec.secrets_from_env if variable not in os.environ]
     if unset and not (dry_run or render):
         raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
-    rows, where = read_input(spec)
-    if not (dry_run or render):
-        where.check(overwrite=spec.overwrite)
     argv = argv_of(ctx)
-    decided = _decided(ctx, spec, argv, console, offline=bool(dry_run or render))
-    with prepared(decided, rows, where, argv=argv, console=console) as what:
+    if spec.remote_input:
+        from gpuctl.batch import remote_files
+
+        start = remote_files.start
+        decided = _decided(ctx, spec, argv, console, offline=bool(dry_run or render))
+        ready = remote_files.prepared(decided, argv=argv, console=console)
+    else:
+        rows, where = read_input(spec)
+        if not (dry_run or render or spec.remote_output):
+            where.check(overwrite=spec.overwrite)
+        decided = _decided(ctx, spec, argv, console, offline=bool(dry_run or render))
+        ready = prepared(decided, rows, where, argv=argv, console=console)
+    with ready as what:
         if render:
             write_source(render, what.source)
         if dry_run:
@@ -272,6 +302,12 @@ def run(
                 console.note(note)
             for warning in decided.warnings:
                 console.warn(warning)
+            return
+        if spec.schedule is not None:
+            from gpuctl.batch import schedules
+
+            deployed = schedules.deploy(decided, what, runner=runner_of(ctx), console=console, yes=yes)
+            schedules.tell_deployed(deployed, console)
             return
         remote, started = start(decided, what, runner=runner_of(ctx), console=console, yes=yes)
     if detach and started is not None:
@@ -402,9 +438,10 @@ def list_jobs(
     if not rows:
         console.say("no jobs")
         return
-    console.table(
-        ("JOB", "STATE", "DONE", "FAILED", "ROWS", "WORK", "COST", "STARTED"), [row.cells() for row in rows]
-    )
+    titles = ("JOB", "STATE", "DONE", "FAILED", "ROWS", "WORK", "COST", "STARTED", "NEXT", "LAST")
+    scheduled = any(row.job is not None and row.job.schedule is not None for row in rows)
+    columns = len(titles) if scheduled else len(titles) - 2
+    console.table(titles[:columns], [row.cells()[:columns] for row in rows])
 
 
 @batch_app.command(context_settings=CONTEXT_SETTINGS)
@@ -419,14 +456,20 @@ def status(
 ) -> None:
     """Tell how far a job is."""
     from gpuctl.batch.manage import status_of
+    from gpuctl.batch.schedules import lines, runs
     from gpuctl.cli.console import Console
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    found = status_of(_remote(ctx, job, local, env, console))
+    remote = _remote(ctx, job, local, env, console)
+    found = status_of(remote)
+    scheduled = found.job is not None and found.job.schedule is not None
     if json:
-        console.print_document(found.document())
-    else:
-        for line in found.lines():
+        console.print_document({**found.document(), **({"runs": runs(remote)} if scheduled else {})})
+        return
+    for line in found.lines():
+        console.answer(line)
+    if found.job is not None and scheduled:
+        for line in lines(remote, found.job):
             console.answer(line)
 
 
@@ -476,7 +519,13 @@ def wait(
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
     remote = _remote(ctx, job, local, env, console)
-    summary = finish(remote, with_output(job_of(remote), output, overwrite=overwrite), None, console=console)
+    found = job_of(remote)
+    if found.schedule is not None:
+        raise usage_error(
+            f"JOB: {found.name!r} runs again and again, and has no end to wait for",
+            hint=f"`{remote.command('status')}` shows its runs, `{remote.command('fetch')}` gets the answers of one",
+        )
+    summary = finish(remote, with_output(found, output, overwrite=overwrite), None, console=console)
     if json:
         console.print_document(summary.document())
     else:
@@ -492,6 +541,10 @@ def fetch(
     partial: Annotated[
         bool, typer.Option("--partial", help="What there is, of a job that has not ended, too: whole shards.")
     ] = False,
+    run: Annotated[
+        str | None,
+        text("RUN", "Of a scheduled job, the run, as `status` calls it. [default: the last that is done]"),
+    ] = None,
     local: Local = False,
     env: Environment = None,
     json: Json = False,
@@ -499,12 +552,20 @@ def fetch(
     verbose: Verbose = False,
 ) -> None:
     """Fetch the answers of a job that has ended."""
-    from gpuctl.batch.manage import fetch_of
+    from gpuctl.batch.manage import fetch_of, job_of
     from gpuctl.batch.run import tell
+    from gpuctl.batch.schedules import fetch_run
     from gpuctl.cli.console import Console
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    summary = fetch_of(_remote(ctx, job, local, env, console), output, overwrite=overwrite, partial=partial)
+    remote = _remote(ctx, job, local, env, console)
+    found = job_of(remote)
+    if found.schedule is not None:
+        summary = fetch_run(remote, found, run, output, overwrite=overwrite)
+    elif run is not None:
+        raise usage_error(f"--run: job {found.name!r} has no schedule, and so no runs of one")
+    else:
+        summary = fetch_of(remote, output, overwrite=overwrite, partial=partial)
     if json:
         console.print_document(summary.document())
     else:
@@ -566,6 +627,30 @@ def resume(
     console = Console(quiet=quiet, verbose=verbose, json=json)
     remote = _remote(ctx, job, local, env, console)
     found = job_of(remote)
+    if found.schedule is not None:
+        from gpuctl.batch import schedules
+
+        given = [
+            name
+            for name, value in (
+                ("retry_failed", retry_failed),
+                ("gpu", gpu),
+                ("max_containers", max_containers),
+                ("concurrency", concurrency),
+                ("max_cost", max_cost),
+                ("retries", retries),
+                ("output", output),
+            )
+            if value
+        ]
+        if given:
+            raise usage_error(
+                f"--{given[0].replace('_', '-')}: {found.name!r} is scheduled; the command that deployed it "
+                "changes it, with other options"
+            )
+        schedules.resume(remote, found, yes=yes)
+        schedules.tell_deployed(remote, console)
+        return
     if not detach:
         found = with_output(found, output, overwrite=overwrite or retry_failed)
     changes = {

@@ -18,6 +18,7 @@ from gpuctl.specs import names
 from gpuctl.specs.engine_args import check_engine_args, stages
 from gpuctl.specs.gpu import AUTO, GpuRequest
 from gpuctl.specs.model import ModelRef
+from gpuctl.specs.remote_paths import Mount, check_paths, is_remote, mounts, parse
 from gpuctl.specs.resources import (
     CLOUDS,
     OWN_TAG,
@@ -27,6 +28,7 @@ from gpuctl.specs.resources import (
     python_package,
     system_package,
 )
+from gpuctl.specs.schedule import Schedule, read_schedule
 from gpuctl.specs.serve import default_startup_timeout
 from gpuctl.target import Target
 
@@ -124,6 +126,9 @@ class BatchSpec:
     apt: tuple[str, ...]
     engine_args: tuple[str, ...]
     target: Target
+    bucket_secret: str | None = None
+    bucket_endpoint: str | None = None
+    schedule: Schedule | None = None
 
     @classmethod
     def from_options(
@@ -175,6 +180,11 @@ class BatchSpec:
         apt: Sequence[str] = (),
         engine_args: Sequence[str] = (),
         target: Target = Target.MODAL,
+        bucket_secret: str | None = None,
+        bucket_endpoint: str | None = None,
+        cron: str | None = None,
+        timezone: str | None = None,
+        every: str | None = None,
     ) -> BatchSpec:
         """Check what was typed (texts as they came; None: not given) and put the defaults in."""
         read = ResourceReader()
@@ -236,6 +246,17 @@ class BatchSpec:
             json_schema=json_schema,
         )
         read.problems += check_engine_args(engine_args)
+        schedule = read_schedule(read, cron=cron, timezone=timezone, every=every)
+        check_paths(
+            read,
+            inputs=inputs,
+            output=answers,
+            errors=errors,
+            bucket_secret=bucket_secret,
+            bucket_endpoint=bucket_endpoint,
+            scheduled=schedule is not None,
+            local=target is Target.LOCAL,
+        )
         spec = cls(
             model=model,
             function=function,
@@ -289,6 +310,9 @@ class BatchSpec:
             apt=read.many("--apt", apt, system_package),
             engine_args=tuple(engine_args),
             target=target,
+            bucket_secret=bucket_secret,
+            bucket_endpoint=bucket_endpoint,
+            schedule=schedule,
         )
         if read.problems:
             raise usage_error(read.problems)
@@ -301,6 +325,25 @@ class BatchSpec:
             return self.function.title
         assert self.model is not None
         return self.model.title
+
+    @property
+    def remote_input(self) -> bool:
+        """Whether the rows are read in the cloud, where they are."""
+        return any(is_remote(path) for path in self.inputs)
+
+    @property
+    def remote_output(self) -> bool:
+        """Whether the answers are written in the cloud."""
+        return is_remote(self.output)
+
+    @property
+    def mounts(self) -> tuple[list[Mount], list[Mount]]:
+        """What of the cloud is mounted to read the rows, and to write the answers."""
+        outputs = [text for text in (self.output, self.errors) if text is not None and is_remote(text)]
+        return mounts(
+            [parse("INPUT", text) for text in self.inputs if is_remote(text)],
+            [parse("--output", text) for text in outputs],
+        )
 
     @property
     def pipeline_parallel(self) -> int:

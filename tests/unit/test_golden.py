@@ -38,7 +38,7 @@ def test_the_pinned_modal_builds_an_app_of_it(case: Path) -> None:
     module.__file__ = str(case / "app.py")
     sys.modules["endpoint"] = module
     try:
-        exec(compile(source, str(case / "app.py"), "exec"), module.__dict__)
+        exec(compile(source, str(case / "app.py"), "exec", dont_inherit=True), module.__dict__)
     finally:
         del sys.modules["endpoint"]
     assert isinstance(module.app, modal.App)

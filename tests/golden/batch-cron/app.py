@@ -1,0 +1,1215 @@
+# Made with gpuctl 0.1.0, by this command:
+#
+#     gpuctl batch tests/golden/inputs/work.py:process volume://inbox/rows.csv -o 'volume://outbox/{date}.csv' --cron '0 6 * * mon-fri' --timezone Europe/Berlin --name morning
+"""A bulk job: rows of a Volume in, an answer or an error for each of them out.
+
+A run of it is started when the schedule says so: see `tick`. gpuctl puts into the Volume
+what reads the rows and writes the answers (`code/`). `modal deploy` of this file makes
+the App, and `modal run` of it starts a run now. Written for modal 1.6.4; it needs no
+other package on the machine that deploys it.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import datetime
+import functools
+import gzip
+import heapq
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import pathlib
+import pkgutil
+import queue
+import random
+import secrets
+import shutil
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol
+
+import modal
+
+APP_NAME = "gpuctl-batch-morning"
+DATA = pathlib.Path("/job")  # where containers have the Volume
+MAX_CONTAINERS = 1
+# Shards that a container works on at once: while the last rows of one are answered, it is
+# busy with those of the next.
+SHARDS_AT_ONCE = 3
+# Shards handed out at once: what the containers can take, and as many waiting for them.
+AT_ONCE = 2 * MAX_CONTAINERS * SHARDS_AT_ONCE
+RETRIES = 2  # further tries of a row that failed
+USD_PER_SECOND: float | None = 1.9201388888888887e-06  # of a container, at most
+MAX_USD: float | None = None
+SHIFT_SECONDS = 20 * 3600  # of a driver, which the next then relieves
+SAVE_SECONDS = 2  # what has ended is saved so often, and said to be done only then
+DEATHS = 2  # of containers in a shard, after which its rows are tried few at a time:
+WAVE = 32  # so many, and ever fewer
+DIED = "the container died each time that it tried this row, in the end alone"
+MOST_FAILURES = 10  # of one shard, after which the job stops
+BEGAN = time.time()
+TASK = os.environ.get("MODAL_TASK_ID", "")
+FUNCTION_FILE = "/work/work.py"
+FUNCTION_NAME = "process"
+CONCURRENCY = 1  # calls at once in a container
+BATCH_SIZE: int | None = None  # it takes one row
+ROW_TIMEOUT: float | None = None
+VOLUME = DATA  # with `code/`, which reads rows and writes answers: gpuctl put it there
+# What of the cloud is where in the container that does that.
+MOUNTS: dict[str, dict[str, str]] = {
+    "read": {
+        "volume://inbox": "/mnt/in-0",
+    },
+    "write": {
+        "volume://outbox": "/mnt/out-0",
+    },
+}
+
+app = modal.App(
+    APP_NAME,
+    tags={
+        "managed-by": "gpuctl",
+    },
+)
+volume = modal.Volume.from_name(APP_NAME, create_if_missing=True, version=2)
+# How far each container is, and the word to stop. What must last is in the Volume.
+live = modal.Dict.from_name(APP_NAME, create_if_missing=True)
+
+image = (
+    modal.Image.debian_slim(python_version="3.12")
+    .env(
+        {
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
+    .add_local_file(
+        "/home/ann/gpuctl/tests/golden/inputs/work.py",
+        "/work/work.py",
+    )
+)
+
+files_image = modal.Image.debian_slim(python_version="3.12").pip_install(
+    "jinja2==3.1.6",
+    "pyarrow==26.0.1",
+)
+# The Volumes beside the job's own that it reads and writes.
+others: list[modal.Volume] = [
+    modal.Volume.from_name("inbox"),
+    modal.Volume.from_name("outbox", create_if_missing=True),
+]
+
+
+@app.cls(
+    image=image,
+    volumes={
+        str(DATA): volume,
+    },
+    max_containers=MAX_CONTAINERS,
+    scaledown_window=30,
+    startup_timeout=600,
+    timeout=24 * 3600,
+    retries=modal.Retries(max_retries=3, initial_delay=1.0),
+)
+@modal.concurrent(max_inputs=SHARDS_AT_ONCE)
+class Worker:
+    stamp: str = modal.parameter()  # of the run whose shards it answers
+    line: "Line"
+
+    @modal.enter()
+    def start(self) -> None:
+        enter_run(self.stamp)
+        self.line = Line(FunctionProcessor())
+
+    @modal.method()
+    def work(self, shard: int, run: str, retry_failed: bool) -> dict[str, int]:
+        """Answer the rows of a shard; what they came to, and whether that is all."""
+        return self.line.work(shard, run, retry_failed)
+
+    @modal.exit()
+    def stop(self) -> None:
+        self.line.save()
+
+
+@app.function(
+    image=modal.Image.debian_slim(python_version="3.12"),
+    volumes={str(DATA): volume},
+    cpu=0.25,
+    max_containers=1,
+    scaledown_window=2,
+    timeout=24 * 3600,
+    retries=modal.Retries(max_retries=10, initial_delay=1.0),
+)
+async def drive(
+    run: str, retry_failed: bool = False, stamp: str = ""
+) -> dict[str, Any]:
+    """Do a run: read the rows as they are now, have them answered, write the answers."""
+    enter_run(stamp or run)
+    return await whole_way(run, retry_failed)
+
+
+@app.function(
+    image=files_image,
+    volumes={
+        str(VOLUME): volume,
+        "/mnt/in-0": others[0],
+        "/mnt/out-0": others[1],
+    },
+    cpu=1.0,
+    max_containers=1,
+    scaledown_window=2,
+    timeout=24 * 3600,
+    retries=modal.Retries(max_retries=3, initial_delay=1.0),
+)
+def files(step: str, stamp: str = "") -> dict[str, Any]:
+    """Read the rows where they are (`begin`), look whether they are still the same
+    (`check`), or write the answers where they belong (`publish`)."""
+    for one in (volume, *others):
+        one.reload()
+    sys.path.insert(0, str(VOLUME / "code" / "gpuctl.zip"))
+    sys.dont_write_bytecode = True
+    do = pkgutil.resolve_name("gpuctl.batch.cloud:run")
+    data = VOLUME / "runs" / stamp if stamp else VOLUME
+    told: dict[str, Any] = do(step, str(VOLUME), str(data), MOUNTS, stamp)
+    for one in (volume, *others):
+        one.commit()
+    return told
+
+
+async def whole_way(run: str, retry_failed: bool) -> dict[str, Any]:
+    """The rows are read, where they are not there yet; answered; the answers written."""
+    began = time.time()
+    stamp = DATA.name
+    await volume.reload.aio()  # type: ignore[no-untyped-call]
+    for line in read_runs():
+        if line["run"] == stamp:
+            return line  # it was done, and its driver died before it could say so
+        if line["state"] not in ("skipped", "unchanged") and line["ended"] > due(stamp):
+            reason = f"the run {line['run']} was not over when this was due"
+            status = status_of(run, began, "skipped", reason)
+            return await end_run(await put_status(status))
+    new = not (DATA / "job.json").exists()
+    if new:
+        DATA.mkdir(parents=True, exist_ok=True)
+    reading = asyncio.ensure_future(files.remote.aio("begin", stamp))
+    while not reading.done():
+        if new:
+            await put_status(status_of(run, began, "running", None))
+        await asyncio.wait([reading], timeout=SAVE_SECONDS)
+    told = what_came_of(reading)
+    await volume.reload.aio()  # type: ignore[no-untyped-call]
+    if "problems" in told:
+        said = "; ".join(told["problems"])
+        status = {**status_of(run, began, "failed", said), **told}
+        return await end_run(await put_status(status))
+    if told.get("unchanged"):
+        shutil.rmtree(DATA)
+        reason = "the rows are those of the last run that ended"
+        return await end_run(
+            await put_status(status_of(run, began, "unchanged", reason))
+        )
+    return await end_run(await Driver(run, retry_failed).drive())
+
+
+def what_came_of(job: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
+    """What `files` told, or that it failed each time that it was tried."""
+    error = job.exception()
+    if error is None:
+        return job.result()
+    say(f"{type(error).__name__}: {error}")
+    return {"problems": [f"{type(error).__name__}: {error}"], "usage": False}
+
+
+def status_of(
+    run: str, began: float, state: str, problem: str | None
+) -> dict[str, Any]:
+    """The figures of a run of which no row is known yet."""
+    return {
+        "run": run,
+        "state": state,
+        "phase": "reading",
+        "problem": problem,
+        "time": round(time.time(), 3),
+        "began": round(began, 3),
+        **{name: 0 for name in ("rows", "done", "failed", "tokens_in", "tokens_out")},
+        **{name: 0 for name in ("shards", "shards_ended", "containers")},
+        "container_seconds": 0.0,
+        "usd": None if USD_PER_SECOND is None else 0.0,
+    }
+
+
+async def put_status(status: dict[str, Any]) -> dict[str, Any]:
+    """Into the Volume, and as a line into the App's logs."""
+    file = json.dumps({"containers_up": {}, **status}).encode()
+    if DATA.exists():
+        write_whole(DATA / "status.json", file)
+    write_whole(VOLUME / "status.json", file)
+    await volume.commit.aio()  # type: ignore[no-untyped-call]
+    print("@gpuctl " + json.dumps(status, separators=(",", ":")), flush=True)
+    return status
+
+
+# -- the schedule
+
+
+@app.function(
+    image=modal.Image.debian_slim(python_version="3.12"),
+    schedule=modal.Cron("0 6 * * mon-fri", timezone="Europe/Berlin"),
+    cpu=0.125,
+)
+def tick() -> None:
+    """Start a run. One begins when the one before has ended; what was due meanwhile is
+    left out, and said to be."""
+    stamp = new_stamp()
+    drive.spawn(stamp, False, stamp)
+
+
+def enter_run(stamp: str) -> None:
+    """From here on this container is for that run, which has a folder of its own."""
+    global DATA
+    DATA = VOLUME / "runs" / stamp
+
+
+def new_stamp() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def due(stamp: str) -> float:
+    """When that is, in seconds since 1970; of a second, its end."""
+    at = datetime.datetime.strptime(stamp, "%Y%m%dT%H%M%SZ")
+    return at.replace(tzinfo=datetime.UTC).timestamp() + 1
+
+
+def read_runs() -> list[dict[str, Any]]:
+    """The runs that ended, in their order."""
+    file = VOLUME / "runs.jsonl"
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"}")]
+
+
+async def end_run(status: dict[str, Any]) -> dict[str, Any]:
+    """Keep how a run ended: a line of `runs.jsonl`."""
+    if status["state"] == "running":
+        return status  # the next driver goes on with it
+    kept = ("state", "problem", "began", "rows", "done", "failed", "usd")
+    line = {"run": DATA.name, **{name: status[name] for name in kept}}
+    line["ended"] = round(time.time(), 3)
+    entry = json.dumps(line, separators=(",", ":"))
+    append(VOLUME / "runs.jsonl", b"\n" + entry.encode() + b"\n")
+    await live.clear.aio()
+    await volume.commit.aio()  # type: ignore[no-untyped-call]
+    return status
+
+
+@app.local_entrypoint()
+def start(retry_failed: bool = False) -> None:
+    """Start a run now, beside those of the schedule."""
+    stamp = new_stamp()
+    call = modal.Function.from_name(APP_NAME, "drive").spawn(stamp, retry_failed, stamp)
+    print(json.dumps({"run": stamp, "call": call.object_id}))
+
+
+# -- the files of the job
+
+
+def input_file(shard: int) -> pathlib.Path:
+    return DATA / "input" / f"{shard:06}.jsonl.gz"
+
+
+def answers_file(shard: int) -> pathlib.Path:
+    return DATA / "answers" / f"{shard:06}.jsonl.gz"
+
+
+def parts_folder(shard: int) -> pathlib.Path:
+    return DATA / "parts" / f"{shard:06}"
+
+
+def read_gzip(file: pathlib.Path) -> list[bytes]:
+    return gzip.decompress(file.read_bytes()).splitlines(keepends=True)
+
+
+def write_whole(file: pathlib.Path, content: bytes) -> None:
+    """Replace a file, or leave it as it is: there is never half of one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        with new.open("xb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        new.replace(file)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def append(file: pathlib.Path, content: bytes) -> None:
+    """Add to a file that only this process writes to. It is never left open: a Volume
+    with open files cannot be reloaded."""
+    with file.open("ab") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def read_parts(shard: int) -> "Parts":
+    """What earlier attempts at a shard left behind."""
+    found = Parts()
+    folder = parts_folder(shard)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found.add(file.read_bytes())
+    return found
+
+
+class Parts:
+    """The results of a shard's attempts, each of which writes a file of its own, line by
+    line: {"begin": …} first, a result for each row that ended, {"end": …} last.
+
+    An attempt without its end died. The rows that it may have died of are those of its
+    last {"trying": […]}, which an attempt writes when earlier ones died. With "alone": true
+    it tried a single row, and nothing else in its container: the second time that it dies
+    so, that row is the reason.
+    """
+
+    def __init__(self) -> None:
+        self.results: dict[int, bytes] = {}
+        self.deaths = 0  # since the last row that was found to be the reason
+        self.suspects: list[int] = []  # what the last that died was trying
+        # How often an attempt died with this row alone.
+        self.alone: collections.Counter[int] = collections.Counter()
+        self.guilty: int | None = None  # that it died of
+
+    def add(self, content: bytes) -> None:
+        """The next attempt, in the order in which they began."""
+        ended = False
+        trying: list[int] = []
+        alone = False
+        lines = content.split(b"\n")[:-1]  # the last was being written when it died
+        for line in lines:
+            if line.startswith(b'{"row":'):
+                row = int(line[7 : line.index(b",")])
+                self.results.setdefault(row, line + b"\n")
+                if b'"container_died"' in line:
+                    self.deaths = 0
+            elif line.startswith(b'{"trying":'):
+                wave = json.loads(line)
+                trying, alone = wave["trying"], wave["alone"]
+            elif line.startswith(b'{"end":'):
+                ended = True
+        if lines and not ended:
+            self.deaths += 1
+            self.suspects = [row for row in trying if row not in self.results]
+            if alone and self.suspects:
+                self.alone.update(self.suspects)
+            twice = [row for row in self.suspects if self.alone[row] > 1]
+            self.guilty = twice[0] if twice else None
+
+
+def forget_failed(shard: int, run: str) -> None:
+    """Make of a shard that ended one in which the rows that failed are still to do: once
+    in a run. What was wrong with the input stays so."""
+    file, mark = answers_file(shard), DATA / "retried" / f"{shard:06}"
+    if (mark.exists() and mark.read_text() == run) or not file.exists():
+        return
+    rows = [json.loads(line) for line in read_gzip(input_file(shard))]
+    never = {row["row"] for row in rows if "bad" in row}
+    kept = [b'{"begin":"retry"}\n']
+    for line in read_gzip(file):
+        result = json.loads(line)
+        if "error" not in result or result["row"] in never:
+            kept.append(line)
+    kept.append(b'{"end":"retry"}\n')
+    write_whole(parts_folder(shard) / "0.jsonl", b"".join(kept))
+    write_whole(mark, run.encode())
+    file.unlink()
+
+
+def result_line(
+    row: dict[str, Any], answer: object, error: dict[str, str] | None
+) -> bytes:
+    """How a row ended. A ValueError where its answer is not JSON."""
+    line = {"row": row["row"], "id": row["id"]}
+    if error is None:
+        line["answer"] = answer
+    else:
+        line["error"] = error
+    if "columns" in row:
+        line["columns"] = row["columns"]
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass") + b"\n"
+
+
+def say(text: str) -> None:
+    print(f"[batch] {text}", flush=True)
+
+
+# -- what a container does
+
+
+class Refused(Exception):
+    """A row that can never be answered, known before it is tried."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclasses.dataclass
+class Failed:
+    """A row that was tried and has no answer; `retry`: another try may have one."""
+
+    code: str
+    message: str
+    retry: bool
+
+
+class Processor(Protocol):
+    """What answers rows: as many at a time as `capacity`, in any order."""
+
+    capacity: int
+
+    def start(self, key: int, row: dict[str, Any]) -> None:
+        """Take a row; Refused where it can have no answer."""
+
+    def step(self) -> list[tuple[int, object]]:
+        """The rows that ended since: each with its answer, or with a Failed. It waits a
+        little where none has. Whatever it raises ends the container."""
+
+
+@dataclasses.dataclass
+class Counts:
+    """What the rows of a shard came to so far."""
+
+    rows: int = 0
+    failed: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    @classmethod
+    def of_lines(cls, lines: Iterable[bytes]) -> "Counts":
+        counts = cls()
+        for line in lines:
+            result = json.loads(line)
+            counts.add(result.get("answer"), failed="error" in result)
+        return counts
+
+    def add(self, answer: object, *, failed: bool) -> None:
+        self.rows += 1
+        self.failed += failed
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        if isinstance(usage, dict):
+            self.tokens_in += usage.get("prompt_tokens") or 0
+            self.tokens_out += usage.get("completion_tokens") or 0
+
+
+class Shard:
+    """An attempt at a shard: its rows, and the results so far."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        lines = [json.loads(line) for line in read_gzip(input_file(number))]
+        earlier = read_parts(number)
+        self.results = earlier.results
+        self.total = len(lines)
+        self.counts = Counts.of_lines(self.results.values())
+        self.unsaved: collections.deque[bytes] = collections.deque()
+        self.in_flight = 0  # rows that were started and have not ended
+        self.settled = threading.Event()  # every row ended, or the job is stopping
+        name = f"{time.time_ns():020}-{secrets.token_hex(4)}.jsonl"
+        self.part = parts_folder(number) / name
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        append(self.part, b'{"begin":"%s"}\n' % TASK.encode())
+        self.careful = earlier.deaths >= DEATHS
+        self.suspects = set(earlier.suspects) if self.careful else set[int]()
+        rows = [row for row in lines if row["row"] not in self.results]
+        rows.sort(key=lambda row: row["row"] not in self.suspects)
+        self.rows = collections.deque(rows)
+        if earlier.guilty is not None and earlier.guilty not in self.results:
+            guilty = self.rows.popleft()
+            self.suspects.clear()
+            self.end(guilty, None, {"code": "container_died", "message": DIED})
+
+    def next_wave(self) -> int:
+        """How many rows to try next, after deaths: ever fewer of those that were being
+        tried when it died, in the end one, alone; of the others some."""
+        return max(1, len(self.suspects) // 8) if self.suspects else WAVE
+
+    def wave(self, *, alone: bool) -> list[dict[str, Any]]:
+        size = min(self.next_wave(), len(self.rows))
+        rows = [self.rows.popleft() for _ in range(size)]
+        numbers = [row["row"] for row in rows]
+        wave = {"trying": numbers, "alone": alone}
+        trying = json.dumps(wave, separators=(",", ":"))
+        self.save(trying.encode() + b"\n")
+        self.suspects.difference_update(numbers)
+        return rows
+
+    def end(
+        self, row: dict[str, Any], answer: object, error: dict[str, str] | None
+    ) -> None:
+        try:
+            line = result_line(row, answer, error)
+        except (TypeError, ValueError, RecursionError) as wrong:
+            error = {"code": "not_json", "message": f"the answer is not JSON: {wrong}"}
+            answer, line = None, result_line(row, None, error)
+        self.results[row["row"]] = line
+        self.unsaved.append(line)
+        self.counts.add(answer, failed=error is not None)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.results) == self.total
+
+    def save(self, last: bytes = b"") -> None:
+        lines = [self.unsaved.popleft() for _ in range(len(self.unsaved))]
+        if lines or last:
+            append(self.part, b"".join(lines) + last)
+
+    def publish(self) -> None:
+        """All results in one file, in the order of the rows; the parts are not needed any more."""
+        lines = [self.results[row] for row in sorted(self.results)]
+        write_whole(
+            answers_file(self.number), gzip.compress(b"".join(lines), compresslevel=1)
+        )
+        shutil.rmtree(self.part.parent, ignore_errors=True)
+
+
+class Line:
+    """The way of rows through the processor, which is kept full with those of all shards
+    at hand: the end of one is no pause for the others.
+
+    One thread has the processor and all rows; one saves what has ended every
+    SAVE_SECONDS; and each call of `work` brings a shard and waits for its end.
+    """
+
+    def __init__(self, processor: Processor) -> None:
+        self.processor = processor
+        self.arriving: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+        self.shards: list[Shard] = []
+        self.flights: dict[int, tuple[Shard, dict[str, Any], int]] = {}
+        self.again: list[tuple[float, int, Shard, dict[str, Any], int]] = []
+        self.keys = itertools.count()
+        self.disk = threading.RLock()  # held by whoever has a file of the Volume open
+        self.alone: Shard | None = None  # which has the processor to itself
+        self.stopping = threading.Event()
+        self.run_id = ""
+        self.counted: dict[int, dict[str, int]] = {}
+        threading.Thread(target=self.run_rows, name="rows", daemon=True).start()
+        threading.Thread(target=self.keep_saving, name="saver", daemon=True).start()
+
+    # -- called by each shard's own thread
+
+    def work(self, number: int, run: str, retry_failed: bool = False) -> dict[str, int]:
+        """Answer the rows of a shard that have no answer yet; what they came to, and
+        whether that is all (`ended`). With `retry_failed` an error is no answer."""
+        if run != self.run_id:
+            self.run_id = run
+            self.stopping.clear()
+        with self.disk:
+            volume.commit()
+            volume.reload()  # what other containers did
+            if retry_failed:
+                forget_failed(number, run)
+            if answers_file(number).exists():  # an attempt that was given up did it
+                counts = Counts.of_lines(read_gzip(answers_file(number)))
+                return {**dataclasses.asdict(counts), "ended": 1}
+            shard = Shard(number)
+            volume.commit()
+        self.arriving.put(shard)
+        shard.settled.wait()
+        with self.disk:
+            if shard.complete:
+                shard.publish()
+            else:
+                shard.save(b'{"end":"stopped"}\n')
+            volume.commit()
+        return {**dataclasses.asdict(shard.counts), "ended": int(shard.complete)}
+
+    # -- the thread of the rows
+
+    def run_rows(self) -> None:
+        try:
+            while True:
+                self.step()
+        except BaseException as error:  # noqa: BLE001
+            # The processor is not to be trusted any more. Whoever ends like this is
+            # replaced, and its shards are given to others.
+            say(f"the container ends: {type(error).__name__}: {error}")
+            traceback.print_exc()
+            try:
+                self.save()
+            finally:
+                os._exit(1)
+
+    def step(self) -> None:
+        while not self.arriving.empty() or not (self.shards or self.flights):
+            self.shards.append(self.arriving.get())
+        self.feed()
+        if self.flights:
+            for key, outcome in self.processor.step():
+                self.land(key, outcome)
+        elif self.again and not self.stopping.is_set():
+            time.sleep(min(0.1, max(0.0, self.again[0][0] - time.monotonic())))
+        for shard in list(self.shards):
+            idle = shard.in_flight == 0 and not shard.rows
+            if idle or (self.stopping.is_set() and not self.flights):
+                self.shards.remove(shard)
+                shard.settled.set()
+
+    def feed(self) -> None:
+        if self.stopping.is_set():
+            return
+        while self.again and self.again[0][0] <= time.monotonic() and self.has_room():
+            _, _, shard, row, tries = heapq.heappop(self.again)
+            shard.in_flight -= 1
+            self.start(shard, row, tries)
+        for shard in self.shards:
+            if shard.careful:
+                self.feed_carefully(shard)
+        while self.alone is None:
+            first = next((s for s in self.shards if s.rows and not s.careful), None)
+            if first is None or not self.has_room():
+                break
+            self.start(first, first.rows.popleft(), 0)
+
+    def feed_carefully(self, shard: Shard) -> None:
+        """The next wave of a shard in which containers died; a single row without others
+        beside it, of which the container may die too."""
+        if self.alone not in (None, shard) or shard.in_flight:
+            return
+        self.alone = shard if shard.suspects and shard.next_wave() == 1 else None
+        if not shard.rows or (self.alone is not None and self.flights):
+            return
+        with self.disk:
+            rows = shard.wave(alone=self.alone is shard)
+            volume.commit()
+        for row in rows:
+            self.start(shard, row, 0)
+
+    def has_room(self) -> bool:
+        return len(self.flights) < self.processor.capacity
+
+    def start(self, shard: Shard, row: dict[str, Any], tries: int) -> None:
+        if "bad" in row:
+            shard.end(row, None, row["bad"])
+            return
+        if "media" in row:
+            place(row)
+        key = next(self.keys)
+        try:
+            self.processor.start(key, row)
+        except Refused as error:
+            shard.end(row, None, {"code": error.code, "message": error.message})
+            return
+        shard.in_flight += 1
+        self.flights[key] = (shard, row, tries)
+
+    def land(self, key: int, outcome: object) -> None:
+        shard, row, tries = self.flights.pop(key)
+        if not isinstance(outcome, Failed):
+            shard.in_flight -= 1
+            shard.end(row, outcome, None)
+        elif outcome.retry and tries < RETRIES:
+            # Seconds doubled with each try, and no two rows at the same time.
+            later = time.monotonic() + min(60, 2**tries) * random.uniform(0.5, 1.0)
+            heapq.heappush(self.again, (later, key, shard, row, tries + 1))
+        else:
+            shard.in_flight -= 1
+            message = outcome.message
+            if tries:
+                message += f" (tried {tries + 1} times)"
+            shard.end(row, None, {"code": outcome.code, "message": message})
+
+    # -- the thread that saves
+
+    def keep_saving(self) -> None:
+        while True:
+            time.sleep(SAVE_SECONDS)
+            try:
+                self.save()
+                self.report()
+            except Exception as error:  # noqa: BLE001
+                # Next time: nothing that is not saved is said to be done.
+                say(f"not saved: {type(error).__name__}: {error}")
+
+    def save(self) -> None:
+        with self.disk:
+            counted = {
+                shard.number: dataclasses.asdict(shard.counts) for shard in self.shards
+            }
+            waiting = any(shard.unsaved for shard in self.shards)
+            for shard in list(self.shards):
+                shard.save()
+            if waiting:
+                volume.commit()
+            self.counted = counted
+
+    def report(self) -> None:
+        """Say how far it is, and hear whether to stop."""
+        said = {"began": BEGAN, "seen": time.time(), "shards": self.counted}
+        live.put(TASK, {**said, "of": DATA.name})
+        if live.get("stop") == self.run_id:
+            self.stopping.set()
+
+
+def place(row: dict[str, Any]) -> None:
+    """Say where the files of a row are, in its request: as a path for a function, which
+    may want to open it, and as a URL where OpenAI's API has one."""
+    files = [str(DATA / name) for name in row.pop("media")]
+    if row["url"] != "function":
+        files = ["file://" + urllib.parse.quote(file) for file in files]
+    row["body"] = with_files(row["body"], files)
+    if row["url"] == "/v1/audio/transcriptions" and "file" in row["body"]:
+        row["body"]["file_url"] = row["body"].pop("file")
+
+
+def with_files(value: Any, files: list[str]) -> Any:
+    if isinstance(value, list):
+        return [with_files(one, files) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"$media"} and isinstance(value["$media"], int):
+        return files[value["$media"]]
+    return {name: with_files(one, files) for name, one in value.items()}
+
+
+Group = list[tuple[int, Any]]  # rows with their keys
+MOST_LEFT_BEHIND = 16  # hanging calls, beyond CONCURRENCY: then the container ends
+MOST_SAID = 2000  # characters of an error's message
+
+
+class FunctionProcessor:
+    """The user's own function, called with a row, or with a list of BATCH_SIZE rows.
+
+    With CONCURRENCY 1 it is called in the thread that asks; otherwise in as many threads
+    as that, so that it must be ready for several at once. Coroutines share one loop.
+    """
+
+    def __init__(self) -> None:
+        self.function = load_function()
+        self.size = BATCH_SIZE or 1
+        self.capacity = 2 * CONCURRENCY * self.size
+        self.waiting: collections.deque[tuple[int, Any]] = collections.deque()
+        self.halves: collections.deque[Group] = collections.deque()
+        # A call that may have to be given up needs a thread that can be left behind.
+        self.inline = CONCURRENCY == 1 and ROW_TIMEOUT is None
+        self.ended: queue.SimpleQueue[Caller] = queue.SimpleQueue()
+        self.idle: list[Caller] = []
+        self.busy: dict[Caller, float] = {}  # since when; the longest first
+        self.left_behind: list[Caller] = []
+
+    def start(self, key: int, row: dict[str, Any]) -> None:
+        self.waiting.append((key, row["body"]))
+
+    def step(self) -> list[tuple[int, object]]:
+        if self.inline:
+            group = self.next_group()
+            return self.settle(group, *call(self.function, group)) if group else []
+        while len(self.busy) < CONCURRENCY and (group := self.next_group()):
+            caller = self.idle.pop() if self.idle else Caller(self.function, self.ended)
+            self.busy[caller] = time.monotonic()
+            caller.todo.put(group)
+        outcomes = self.collect()
+        if ROW_TIMEOUT is not None:
+            outcomes += self.give_up(ROW_TIMEOUT)
+        return outcomes
+
+    def next_group(self) -> Group:
+        if self.halves:
+            return self.halves.popleft()
+        size = min(self.size, len(self.waiting))
+        return [self.waiting.popleft() for _ in range(size)]
+
+    def collect(self) -> list[tuple[int, object]]:
+        """What has ended, after a short wait where nothing has."""
+        outcomes: list[tuple[int, object]] = []
+        try:
+            caller = self.ended.get(timeout=0.05)
+            while True:
+                if self.busy.pop(caller, None) is not None:
+                    self.idle.append(caller)
+                    outcomes += self.settle(caller.group, caller.answer, caller.error)
+                caller = self.ended.get_nowait()
+        except queue.Empty:
+            return outcomes
+
+    def give_up(self, seconds: float) -> list[tuple[int, object]]:
+        """Leave calls behind that take too long: a thread cannot be ended."""
+        outcomes: list[tuple[int, object]] = []
+        oldest = time.monotonic() - seconds
+        for caller in [caller for caller, since in self.busy.items() if since < oldest]:
+            del self.busy[caller]
+            caller.leave()
+            self.left_behind.append(caller)
+            outcomes += self.settle(caller.group, None, TooLate())
+        self.left_behind = [caller for caller in self.left_behind if caller.is_alive()]
+        if len(self.left_behind) > MOST_LEFT_BEHIND + CONCURRENCY:
+            raise RuntimeError(f"{len(self.left_behind)} calls of the function hang")
+        return outcomes
+
+    def settle(
+        self, group: Group, answer: Any, error: BaseException | None
+    ) -> list[tuple[int, object]]:
+        """How the rows of a call ended. Of a list that failed, each half is tried again by
+        itself, until the rows that it failed of are alone."""
+        if error is None and BATCH_SIZE is not None:
+            error = what_is_wrong(answer, len(group))
+        if error is None:
+            answers = [answer] if BATCH_SIZE is None else answer
+            return [(key, one) for (key, _), one in zip(group, answers, strict=True)]
+        if device_is_lost(error):
+            # Every further call would fail in this process.
+            raise error
+        if len(group) > 1:
+            half = len(group) // 2
+            self.halves += [group[:half], group[half:]]
+            return []
+        return [(key, failure(error)) for key, _ in group]
+
+
+class Caller(threading.Thread):
+    """A thread that calls the function, again and again."""
+
+    def __init__(
+        self, function: Callable[[Any], Any], ended: queue.SimpleQueue["Caller"]
+    ) -> None:
+        super().__init__(name="function", daemon=True)
+        self.function = function
+        self.ended = ended
+        self.todo: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        self.group: Group = []
+        self.answer: Any = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        while (group := self.todo.get()) is not None:
+            self.group = group
+            self.answer, self.error = call(self.function, group)
+            self.ended.put(self)
+
+    def leave(self) -> None:
+        self.todo.put(None)
+
+
+def call(
+    function: Callable[[Any], Any], group: Group
+) -> tuple[Any, BaseException | None]:
+    """Its answer, or what it raised, whatever that is: also a sys.exit() is of the row."""
+    # Copies: the same row may be tried again.
+    rows = [dict(row) if isinstance(row, dict) else row for _, row in group]
+    try:
+        answer = function(rows[0] if BATCH_SIZE is None else rows)
+        if inspect.isawaitable(answer):
+            answer = wait_for(answer)
+    except BaseException as error:  # noqa: BLE001
+        return None, error
+    return answer, None
+
+
+def wait_for(awaitable: Awaitable[Any]) -> Any:
+    """Its result, from the one event loop that all calls share: what the user's code
+    keeps between calls (a session, a lock) belongs to a loop."""
+
+    async def result() -> Any:
+        limit = asyncio.timeout(ROW_TIMEOUT)
+        try:
+            async with limit:
+                return await awaitable
+        except TimeoutError:
+            if limit.expired():
+                raise TooLate from None
+            raise
+
+    return asyncio.run_coroutine_threadsafe(result(), event_loop()).result()
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="event loop", daemon=True).start()
+    return loop
+
+
+def load_function() -> Callable[[Any], Any]:
+    """The user's function, or an object of their class, made once for this container."""
+    file = pathlib.Path(FUNCTION_FILE)
+    sys.path.insert(0, str(file.parent))  # for the modules beside it
+    name = file.stem if file.stem not in sys.modules else f"{file.stem}_of_the_job"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Any = module
+    for attribute in FUNCTION_NAME.split("."):
+        found = getattr(found, attribute)
+    return usable(found)
+
+
+def usable(found: Any) -> Callable[[Any], Any]:
+    """What can be called with a row; a TypeError that says what is wrong."""
+    what = f"{pathlib.Path(FUNCTION_FILE).name}:{FUNCTION_NAME}"
+    if inspect.isclass(found):
+        found = found()
+        method = getattr(found, "process", None)
+        if method is None and not callable(found):
+            raise TypeError(f"{what} has neither a method process nor __call__")
+        found = found.__call__ if method is None else method
+    if not callable(found):
+        raise TypeError(f"{what} is no function or class, but {type(found).__name__}")
+    if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
+        raise TypeError(f"{what} yields: it must return its answer")
+    takes = "a row" if BATCH_SIZE is None else "a list of rows"
+    try:
+        inspect.signature(found).bind(None)
+    except TypeError as wrong:
+        raise TypeError(f"{what} must take {takes}: {wrong}") from None
+    except ValueError:
+        pass  # written in C, and does not tell
+    return found  # type: ignore[no-any-return]
+
+
+class WrongAnswers(Exception):
+    """What came for a list of rows is not an answer for each."""
+
+
+class TooLate(Exception):
+    """A call took longer than ROW_TIMEOUT."""
+
+    def __str__(self) -> str:
+        return f"no answer within {ROW_TIMEOUT:g} s"
+
+
+def what_is_wrong(answers: Any, rows: int) -> Exception | None:
+    if not isinstance(answers, (list, tuple)):
+        returned = type(answers).__name__
+        return WrongAnswers(f"a list of rows was given, and {returned} came back")
+    if len(answers) != rows:
+        return WrongAnswers(f"{len(answers)} answers came back for {rows} rows")
+    return None
+
+
+def failure(error: BaseException) -> Failed:
+    """What to say of it; for an exception with the line of the user's file."""
+    if isinstance(error, TooLate):
+        return Failed("timeout", str(error), retry=True)
+    if isinstance(error, WrongAnswers):
+        return Failed("wrong_answers", str(error), retry=False)
+    said = "".join(traceback.format_exception_only(error)).strip()[:MOST_SAID]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename == FUNCTION_FILE:
+            name = pathlib.Path(FUNCTION_FILE).name
+            said += f" ({name}:{frame.lineno}, in {frame.name}: {frame.line})"
+            break
+    return Failed("exception", said, retry=True)
+
+
+def device_is_lost(error: BaseException) -> bool:
+    """A GPU that failed in the middle of something is gone for this process."""
+    said = str(error)
+    return "CUDA error" in said and "out of memory" not in said
+
+
+# -- who hands out the work
+
+
+class Ledger:
+    """What is known of the job, in two files that only the driver writes: `ledger.jsonl`
+    has a line for each shard that ended, `status.json` the whole in figures."""
+
+    def __init__(self) -> None:
+        job = json.loads((DATA / "job.json").read_bytes())
+        self.shards: int = job["shards"]
+        self.rows: int = job["rows"] - job["copies"]
+        self.ended: dict[int, dict[str, Any]] = {}
+        self.now: dict[int, dict[str, int]] = {}  # shards that are being worked on
+        self.containers: dict[str, list[float]] = {}  # from when to when each was up
+        file = DATA / "ledger.jsonl"
+        for line in file.read_bytes().splitlines() if file.exists() else ():
+            with contextlib.suppress(ValueError):  # torn by a crash
+                entry = json.loads(line)
+                self.ended[entry.pop("shard")] = entry
+        with contextlib.suppress(OSError, ValueError):
+            status = json.loads((DATA / "status.json").read_bytes())
+            self.containers = status["containers_up"]
+
+    def end(self, shard: int, run: str, counts: dict[str, Any]) -> None:
+        """The last line of a shard is the one that holds."""
+        entry = {**counts, "run": run}
+        self.ended[shard] = entry
+        self.now.pop(shard, None)
+        line = json.dumps({"shard": shard, **entry}, separators=(",", ":"))
+        # A line of its own, also after one that a crash tore.
+        append(DATA / "ledger.jsonl", b"\n" + line.encode() + b"\n")
+
+    def heard(self, reports: Iterable[tuple[str, Any]]) -> None:
+        """What the containers last said of themselves."""
+        for task, report in reports:
+            if isinstance(report, dict) and report["of"] == DATA.name:
+                self.containers[task] = [report["began"], report["seen"]]
+                for shard, counts in report["shards"].items():
+                    if shard not in self.ended:
+                        self.now[shard] = counts
+
+    def figures(self) -> dict[str, Any]:
+        counted = [*self.ended.values(), *self.now.values()]
+        total = {
+            name: sum(counts[name] for counts in counted)
+            for name in ("rows", "failed", "tokens_in", "tokens_out")
+        }
+        seconds = sum(seen - began for began, seen in self.containers.values())
+        return {
+            "rows": self.rows,
+            "done": total["rows"] - total["failed"],
+            "failed": total["failed"],
+            "tokens_in": total["tokens_in"],
+            "tokens_out": total["tokens_out"],
+            "shards": self.shards,
+            "shards_ended": len(self.ended),
+            "containers": sum(
+                time.time() - seen < 3 * SAVE_SECONDS + 10
+                for _, seen in self.containers.values()
+            ),
+            "container_seconds": round(seconds, 1),
+            "usd": None
+            if USD_PER_SECOND is None
+            else round(seconds * USD_PER_SECOND, 6),
+        }
+
+
+class Driver:
+    """One run over the shards that have not ended."""
+
+    def __init__(self, run: str, retry_failed: bool) -> None:
+        self.run = run
+        self.retry_failed = retry_failed
+        self.ledger = Ledger()
+        self.began = time.time()
+        self.problem: str | None = None  # why the run is to end before the rows do
+        self.state = "running"
+        self.failures: dict[int, int] = {}
+        self.phase = "answering"
+        self.wrong: dict[str, Any] = {}  # with where the answers belong
+
+    async def drive(self) -> dict[str, Any]:
+        todo = collections.deque(filter(self.is_to_do, range(self.ledger.shards)))
+        running: set[asyncio.Task[None]] = set()
+        watcher = asyncio.create_task(self.watch())
+        try:
+            while (todo and self.goes_on()) or running:
+                while todo and self.goes_on() and len(running) < AT_ONCE:
+                    running.add(asyncio.create_task(self.work(todo.popleft(), todo)))
+                _, running = await asyncio.wait(
+                    running, return_when=asyncio.FIRST_COMPLETED
+                )
+        finally:
+            watcher.cancel()
+        if self.state == "running" and todo:
+            # A call may take a day: the next goes on.
+            await drive.spawn.aio(self.run, self.retry_failed, DATA.name)
+        elif self.state == "running":
+            await self.publish()
+        return await self.tell()
+
+    async def publish(self) -> None:
+        """Have the answers written where they belong."""
+        self.phase = "writing"
+        stamp = DATA.name
+        writing = asyncio.ensure_future(files.remote.aio("publish", stamp))
+        while not writing.done():
+            await self.tell()
+            await asyncio.wait([writing], timeout=SAVE_SECONDS)
+        told = what_came_of(writing)
+        if "problems" in told:
+            self.state, self.problem = "failed", "; ".join(told["problems"])
+            self.wrong = {"hint": told.get("hint")}
+        else:
+            self.state = "done"
+
+    def goes_on(self) -> bool:
+        return self.state == "running" and time.time() - self.began < SHIFT_SECONDS
+
+    def is_to_do(self, shard: int) -> bool:
+        ended = self.ledger.ended.get(shard)
+        if ended is None:
+            return True
+        retried = ended.get("run") == self.run
+        return self.retry_failed and ended["failed"] > 0 and not retried
+
+    async def work(self, shard: int, todo: collections.deque[int]) -> None:
+        try:
+            retry = self.retry_failed and shard in self.ledger.ended
+            worker = Worker(stamp=DATA.name)  # type: ignore[call-arg]
+            counts = await worker.work.remote.aio(shard, self.run, retry)
+        except Exception as error:  # noqa: BLE001
+            self.fail(shard, todo, error)
+            return
+        if counts.pop("ended"):
+            self.failures.pop(shard, None)
+            self.ledger.end(shard, self.run, counts)
+        else:
+            self.ledger.now[shard] = counts
+
+    def fail(self, shard: int, todo: collections.deque[int], error: Exception) -> None:
+        """A shard comes again, and again; but a job of which nothing works is ended."""
+        say(f"shard {shard}: {type(error).__name__}: {error}")
+        self.failures[shard] = self.failures.get(shard, 0) + 1
+        hopeless = not self.ledger.ended and sum(self.failures.values()) >= 3
+        if hopeless or self.failures[shard] >= MOST_FAILURES:
+            self.state = "failed"
+            self.problem = f"shard {shard}: {type(error).__name__}: {error}"
+        else:
+            todo.append(shard)
+
+    async def watch(self) -> None:
+        """Every other second: hear the containers, say how far it is, and whether to stop."""
+        while True:
+            try:
+                self.ledger.heard([item async for item in live.items.aio()])
+                figures = await self.tell()
+                await self.stop_if_told(figures)
+            except Exception as error:  # noqa: BLE001
+                # Next time.
+                say(f"not told: {type(error).__name__}: {error}")
+            await asyncio.sleep(SAVE_SECONDS)
+
+    async def stop_if_told(self, figures: dict[str, Any]) -> None:
+        stop = DATA / "control" / "stop"
+        if self.state != "running":
+            pass
+        elif stop.exists():
+            self.state, self.problem = "stopped", "it was cancelled"
+        elif MAX_USD is not None and figures["usd"] >= MAX_USD:
+            self.state = "stopped"
+            spent = figures["usd"]
+            self.problem = f"${spent:.2f} were spent, and the cap is ${MAX_USD:.2f}"
+        if self.state != "running":
+            await live.put.aio("stop", self.run)
+
+    async def tell(self) -> dict[str, Any]:
+        """The figures: into the Volume, and as a line into the App's logs."""
+        status = {
+            "run": self.run,
+            "state": self.state,
+            "problem": self.problem,
+            "time": round(time.time(), 3),
+            "began": round(self.began, 3),
+            **self.ledger.figures(),
+            "phase": self.phase,
+            **self.wrong,
+        }
+        file = {**status, "containers_up": self.ledger.containers}
+        write_whole(DATA / "status.json", json.dumps(file).encode())
+        write_whole(VOLUME / "status.json", json.dumps(file).encode())
+        await volume.commit.aio()  # type: ignore[no-untyped-call]
+        await volume.reload.aio()  # type: ignore[no-untyped-call]
+        print("@gpuctl " + json.dumps(status, separators=(",", ":")), flush=True)
+        return status
