@@ -181,30 +181,26 @@ def test_work_that_cannot_start_ends_the_job_with_its_reason(batch: Batch) -> No
 # -- whatever dies
 
 
-def storm(batch: Batch, count: int, kills: int, seed: int) -> Counter[str]:
+def storm(
+    batch: Batch, count: int, kills: int, seed: int, out: str = "out.jsonl", **more: Any
+) -> Counter[str]:
     """kill -9 of workers, of the driver, of the client and of the plane, spread over the job."""
     chance = random.Random(seed)
     words = (
-        f"{WORK}:slowly",
-        batch.rows(count),
-        "-o",
-        "out.jsonl",
-        "--retries",
-        "0",
-        "--max-containers",
-        "2",
+        *(f"{WORK}:slowly", batch.rows(count, **more), "-o", out),
+        *("--retries", "0", "--max-containers", "2", "--name", f"storm-{seed}"),
     )
     killed: Counter[str] = Counter()
-    process = batch.start(*words, "--name", f"storm-{seed}")
-    deadline = time.monotonic() + 120 + 8 * kills
-    next_kill = time.monotonic() + 5
+    process = batch.start(*words)
+    deadline = time.monotonic() + 240 + 15 * kills
+    next_kill = time.monotonic() + 3
     while time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.05)
         if process.poll() is not None:
             if process.returncode == 0:
                 return killed
             assert process.returncode in (1, -signal.SIGKILL), process.communicate()
-            process = batch.start(*words, "--name", f"storm-{seed}")
+            process = batch.start(*words)
         if killed.total() < kills and time.monotonic() > next_kill:
             next_kill = time.monotonic() + chance.uniform(0.2, 2)
             containers = processes(f"{batch.plane.state_dir}/run/", "container_init.py")
@@ -227,6 +223,64 @@ def test_a_few_kills(batch: Batch) -> None:
     killed = storm(batch, 2000, kills=6, seed=4)
     assert killed.total() > 0
     check_squares(batch, 2000, tries=1)
+
+
+def without_ids(lines: list[Any]) -> list[Any]:
+    """What must be equal in two runs: all but the ids, which are made of the job's name."""
+    for line in lines:
+        line.pop("id")
+        if line["response"] is not None:
+            line["response"].pop("request_id")
+    return lines
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(batch: Batch) -> None:
+    """On 20,000 rows, of which each takes so long that the storm ends before they do."""
+    killed = storm(batch, 20_000, kills=100, seed=7, seconds=0.01)
+    assert killed.total() == 100, killed
+    assert min(killed[kind] for kind in ("client", "plane", "container")) > 5, killed
+    storm(batch, 20_000, kills=0, seed=0, out="calm.jsonl", seconds=0.001)
+    for name in ("{}.jsonl", "{}.errors.jsonl"):
+        assert without_ids(batch.lines(name.format("out"))) == without_ids(batch.lines(name.format("calm")))
+    check_squares(batch, 20_000, tries=1)
+
+
+BAD_LINES = [
+    (b'{"n": 1', "invalid_json"),
+    (b"[1, 2]", "invalid_row"),
+    (b'"text"', "invalid_row"),
+    (b'{"n": NaN}', "invalid_json"),
+    (b'{"n": "\xff"}', "wrong_encoding"),
+    (b'{"n": "\\ud800"}', "invalid_json"),
+    (b"[" * 5000 + b"]" * 5000, "invalid_json"),
+]
+
+
+@pytest.mark.slow
+def test_ten_thousand_malformed_rows_among_a_hundred_thousand_good_ones(batch: Batch) -> None:
+    good: list[int] = []
+    bad: dict[int, str] = {}  # by their line
+    with (batch.folder / "rows.jsonl").open("wb") as file:
+        for line in range(1, 110_001):
+            if line % 11 == 5:
+                text, code = BAD_LINES[line // 11 % len(BAD_LINES)]
+                bad[line] = code
+                file.write(text + b"\n")
+            else:
+                good.append(line)
+                file.write(b'{"n": %d}\n' % line)
+    assert len(bad) == 10_000
+    told = batch.json(f"{WORK}:Adder", "rows.jsonl", "-o", "out.jsonl", "--batch-size", "100")
+    assert (told["state"], told["done"], told["failed"]) == ("done", 100_000, 10_000)
+    answers = batch.lines("out.jsonl")
+    assert [answer["response"]["body"]["n"] for answer in answers] == good
+    assert [answer["custom_id"] for answer in answers] == [f"row-{line - 1}" for line in good]
+    errors = batch.lines("out.errors.jsonl")
+    assert [error["custom_id"] for error in errors] == [f"row-{line - 1}" for line in bad]
+    for error, (line, code) in zip(errors, bad.items(), strict=True):
+        assert error["error"]["code"] == code, error
+        assert error["error"]["message"].startswith(f"rows.jsonl:{line}: "), error
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -55,7 +56,9 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             "BEGAN": 0.0,
             "SAVE_SECONDS": 0.02,
             "RETRIES": 1,
+            "PATIENCE": 0.2,
             "DEATHS": 2,
+            "DEATHS_ALONE": 3,
             "WAVE": 32,
             "DIED": "died",
         },
@@ -123,8 +126,12 @@ def test_shards_share_the_processor_without_a_pause(runtime: ModuleType) -> None
         assert len(answers(runtime, number)) == 9
 
 
-def part(runtime: ModuleType, name: str, *lines: Any, torn: str = "", number: int = 0) -> None:
+def part(
+    runtime: ModuleType, name: str, *lines: Any, torn: str = "", number: int = 0, driver: str = ""
+) -> None:
+    """A file that an attempt left behind, handed out by `driver`."""
     folder = runtime.parts_folder(number)
+    lines = tuple({**line, "driver": driver} if "begin" in line else line for line in lines)
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
     (folder / name).write_text(text + torn)
@@ -188,6 +195,7 @@ def test_a_row_of_which_the_container_died_alone_is_given_up(runtime: ModuleType
     part(runtime, "2", {"begin": "b"}, {"trying": [7, 8], "alone": False})
     part(runtime, "3", {"begin": "c"}, {"trying": [7], "alone": True})
     part(runtime, "4", {"begin": "d"}, {"trying": [7], "alone": True})
+    part(runtime, "5", {"begin": "e"}, {"trying": [7], "alone": True})
     processor = Echo(runtime)
     counts = runtime.Line(processor).work(0, "run")
     assert (counts["rows"], counts["failed"]) == (40, 1)
@@ -195,14 +203,121 @@ def test_a_row_of_which_the_container_died_alone_is_given_up(runtime: ModuleType
     assert 7 not in processor.tries
 
 
-def test_once_may_have_been_chance(runtime: ModuleType) -> None:
+def test_twice_may_have_been_chance(runtime: ModuleType) -> None:
     shard(runtime, [{} for _ in range(40)])
     part(runtime, "1", {"begin": "a"})
     part(runtime, "2", {"begin": "b"}, {"trying": [7], "alone": True})
+    part(runtime, "3", {"begin": "c"}, {"trying": [7], "alone": True})
     processor = Echo(runtime)
     runtime.Line(processor).work(0, "run")
     assert all("error" not in line for line in answers(runtime))
     assert processor.together[0] == [7], "alone again"
+
+
+def test_nothing_is_known_of_an_attempt_that_another_driver_handed_out(runtime: ModuleType) -> None:
+    """Its container may still be at it, or have died of what the driver died of."""
+    shard(runtime, [{} for _ in range(40)])
+    for name in "123456":
+        part(runtime, name, {"begin": "a"}, {"trying": [7], "alone": True}, driver="earlier")
+    processor = Echo(runtime)
+    runtime.Line(processor).work(0, "run", False, "now")
+    assert all("error" not in line for line in answers(runtime))
+    assert len(processor.together[0]) == 4, "nor is it careful"
+
+
+def test_a_container_that_had_no_row_of_a_shard_did_not_die_of_one(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(40)])
+    for name in "123456":
+        part(runtime, name, {"begin": "a"}, {"trying": [7], "alone": True}, {"trying": [], "alone": False})
+    processor = Echo(runtime)
+    runtime.Line(processor).work(0, "run")
+    assert all("error" not in line for line in answers(runtime))
+    assert len(processor.together[0]) == 4
+
+
+def test_a_row_that_failed_alone_rests_outside_and_comes_alone_again(runtime: ModuleType) -> None:
+    shard(runtime, [{"fails": 1} for _ in range(3)])
+    shard(runtime, [{} for _ in range(30)], number=1)
+    part(runtime, "1", {"begin": "a"})
+    part(runtime, "2", {"begin": "b"}, {"trying": [0, 1, 2], "alone": False})
+    processor = Echo(runtime)
+    line = runtime.Line(processor)
+    threads = [threading.Thread(target=line.work, args=(number, "run")) for number in (1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert {row: processor.tries[row] for row in range(3)} == {0: 2, 1: 2, 2: 2}
+    assert all(len(rows) == 1 for rows in processor.together if {0, 1, 2} & set(rows))
+    assert len(answers(runtime)) == 3
+    assert len(answers(runtime, 1)) == 30
+
+
+class Disk:
+    """A Volume that cannot commit until it is repaired."""
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def commit(self) -> None:
+        if self.broken:
+            raise RuntimeError("commit failed")
+
+    def reload(self) -> None:
+        pass
+
+
+def test_a_volume_that_cannot_commit_ends_the_attempt_and_nothing_of_it_is_said_to_be_done(
+    runtime: ModuleType,
+) -> None:
+    disk = Disk()
+    runtime.volume = disk  # type: ignore[attr-defined]
+    shard(runtime, [{} for _ in range(500)])
+
+    class Breaks(Echo):
+        def step(self) -> list[tuple[int, object]]:
+            if len(self.tries) >= 100:
+                disk.broken = True
+                time.sleep(0.005)
+            return super().step()
+
+    told = runtime.Line(Breaks(runtime)).work(0, "run")
+    assert "commit failed" in told["unwritable"]
+    assert told["ended"] == 0
+    assert not runtime.answers_file(0).exists()
+    disk.broken = False
+    assert runtime.Line(Echo(runtime)).work(0, "run", False, "next")["rows"] == 500
+    assert [line["row"] for line in answers(runtime)] == list(range(500))
+
+
+def test_a_volume_that_can_be_written_again_in_time_is_no_matter(runtime: ModuleType) -> None:
+    disk = Disk()
+    runtime.volume = disk  # type: ignore[attr-defined]
+    runtime.PATIENCE = 60  # type: ignore[attr-defined]
+    shard(runtime, [{} for _ in range(500)])
+    disk.broken = True
+    repair = threading.Timer(0.3, lambda: setattr(disk, "broken", False))
+    repair.start()
+    told = runtime.Line(Echo(runtime)).work(0, "run")
+    assert (told["rows"], told["ended"]) == (500, 1)
+    assert "unwritable" not in told
+
+
+def test_half_a_line_is_taken_back_where_the_disk_is_full(
+    runtime: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = runtime.DATA / "file"
+    file.parent.mkdir(exist_ok=True)
+    runtime.append(file, b"whole\n")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runtime.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        runtime.append(file, b"lost\n")
+    assert file.read_bytes() == b"whole\n"
 
 
 def test_a_row_that_was_last_and_not_alone_is_not_blamed(runtime: ModuleType) -> None:

@@ -51,10 +51,13 @@ USD_PER_SECOND: float | None = 0.0005439201388888889  # of a container, at most
 MAX_USD: float | None = 20.0  # the job stops in order when so much is spent
 SHIFT_SECONDS = 20 * 3600  # of a driver, which the next then relieves
 SAVE_SECONDS = 2  # what has ended is saved so often, and said to be done only then
+PATIENCE = 60  # seconds of a Volume that cannot be written: then the job stops
 DEATHS = 2  # of containers in a shard, after which its rows are tried few at a time:
-WAVE = 32  # so many, and ever fewer
+WAVE = 32  # so many, and ever fewer, in the end one alone
+DEATHS_ALONE = 3  # with the same row, after which that is the reason
 DIED = "the container died each time that it tried this row, in the end alone"
-MOST_FAILURES = 10  # of one shard, after which the job stops
+MOST_FAILURES = 10  # of one shard in which nothing ends, after which the job stops
+MOST_DEADLY = 32  # rows of one shard of which containers died: neither
 BEGAN = time.time()
 TASK = os.environ.get("MODAL_TASK_ID", "")
 MODEL = "Qwen/Qwen3-8B"
@@ -145,13 +148,15 @@ class Worker:
         self.line = Line(VllmProcessor())
 
     @modal.method()
-    def work(self, shard: int, run: str, retry_failed: bool) -> dict[str, int]:
+    def work(
+        self, shard: int, run: str, retry_failed: bool, driver: str = ""
+    ) -> dict[str, Any]:
         """Answer the rows of a shard; what they came to, and whether that is all."""
-        return self.line.work(shard, run, retry_failed)
+        return self.line.work(shard, run, retry_failed, driver)
 
     @modal.exit()
     def stop(self) -> None:
-        self.line.save()
+        self.line.leave()
 
 
 @app.function(
@@ -325,17 +330,33 @@ def write_whole(file: pathlib.Path, content: bytes) -> None:
 
 
 def append(file: pathlib.Path, content: bytes) -> None:
-    """Add to a file that only this process writes to. It is never left open: a Volume
-    with open files cannot be reloaded."""
-    with file.open("ab") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
+    """Add all of it to a file that only this process writes to, or nothing. The file is
+    never left open: a Volume with open files cannot be reloaded."""
+    with file.open("ab", buffering=0) as opened:
+        before = opened.tell()
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[opened.write(rest) :]
+            os.fsync(opened.fileno())
+        except BaseException:
+            # The disk is full: half of a line would spoil the next one.
+            opened.truncate(before)
+            raise
 
 
-def read_parts(shard: int) -> "Parts":
-    """What earlier attempts at a shard left behind."""
-    found = Parts()
+def find_room() -> None:
+    """Write something and remove it: an OSError where the disk has no room for more."""
+    file = DATA / f".room-{secrets.token_hex(4)}"
+    try:
+        write_whole(file, bytes(1 << 16))
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def read_parts(shard: int, driver: str) -> "Parts":
+    """What earlier attempts at a shard left behind. `driver`: who hands it out now."""
+    found = Parts(driver)
     folder = parts_folder(shard)
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         found.add(file.read_bytes())
@@ -346,13 +367,18 @@ class Parts:
     """The results of a shard's attempts, each of which writes a file of its own, line by
     line: {"begin": …} first, a result for each row that ended, {"end": …} last.
 
-    An attempt without its end died. The rows that it may have died of are those of its
-    last {"trying": […]}, which an attempt writes when earlier ones died. With "alone": true
-    it tried a single row, and nothing else in its container: the second time that it dies
-    so, that row is the reason.
+    An attempt without its end died, if the driver that handed it out lives: that hands a
+    shard out again only when nobody has it. Of one that another driver handed out nothing
+    is known: it may still be going on, and what killed the driver may have killed it.
+
+    {"trying": […]} says which rows are in the processor from now on, which an attempt
+    writes when earlier ones died; [] for none, of which it cannot die, and null for
+    nobody knows. With "alone": true it tries a single row, and nothing else in its
+    container: when it died so DEATHS_ALONE times, that row is the reason.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, driver: str) -> None:
+        self.driver = driver
         self.results: dict[int, bytes] = {}
         self.deaths = 0  # since the last row that was found to be the reason
         self.suspects: list[int] = []  # what the last that died was trying
@@ -363,7 +389,7 @@ class Parts:
     def add(self, content: bytes) -> None:
         """The next attempt, in the order in which they began."""
         ended = False
-        trying: list[int] = []
+        trying: list[int] | None = None
         alone = False
         lines = content.split(b"\n")[:-1]  # the last was being written when it died
         for line in lines:
@@ -377,13 +403,18 @@ class Parts:
                 trying, alone = wave["trying"], wave["alone"]
             elif line.startswith(b'{"end":'):
                 ended = True
-        if lines and not ended:
-            self.deaths += 1
-            self.suspects = [row for row in trying if row not in self.results]
-            if alone and self.suspects:
-                self.alone.update(self.suspects)
-            twice = [row for row in self.suspects if self.alone[row] > 1]
-            self.guilty = twice[0] if twice else None
+        if ended or not lines or json.loads(lines[0]).get("driver") != self.driver:
+            return
+        suspects = [row for row in trying or () if row not in self.results]
+        if trying is not None and not suspects:
+            return  # it had nothing in the processor
+        self.deaths += 1
+        self.suspects = suspects
+        self.guilty = None
+        if alone:
+            self.alone.update(suspects)
+            if self.alone[suspects[0]] >= DEATHS_ALONE:
+                self.guilty = suspects[0]
 
 
 def forget_failed(shard: int, run: str) -> None:
@@ -420,11 +451,41 @@ def result_line(
     return text.encode("utf-8", "surrogatepass") + b"\n"
 
 
+def cause(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
 def say(text: str) -> None:
     print(f"[batch] {text}", flush=True)
 
 
 # -- what a container does
+
+
+class Unwritable(Exception):
+    """The job's Volume takes nothing: its disk is full, or it cannot commit."""
+
+
+def saved(write: Callable[[], object]) -> None:
+    """Write to the Volume, and commit it. Unwritable where either fails."""
+    try:
+        write()
+    except FileNotFoundError:  # no fault of the disk
+        raise
+    except OSError as error:
+        raise Unwritable(cause(error)) from error
+    commit()
+
+
+def commit(*, reload: bool = False) -> None:
+    try:
+        volume.commit()
+        if reload:
+            volume.reload()
+    except Exception as error:
+        raise Unwritable(cause(error)) from error
 
 
 class Refused(Exception):
@@ -487,44 +548,70 @@ class Counts:
 class Shard:
     """An attempt at a shard: its rows, and the results so far."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, driver: str = "") -> None:
         self.number = number
         lines = [json.loads(line) for line in read_gzip(input_file(number))]
-        earlier = read_parts(number)
+        earlier = read_parts(number, driver)
         self.results = earlier.results
         self.total = len(lines)
         self.counts = Counts.of_lines(self.results.values())
+        self.saved = dataclasses.replace(self.counts)  # what of that is on the disk
         self.unsaved: collections.deque[bytes] = collections.deque()
         self.in_flight = 0  # rows that were started and have not ended
-        self.settled = threading.Event()  # every row ended, or the job is stopping
+        self.settled = threading.Event()  # every row ended, or no more are started
+        self.overtaken = False  # another attempt has published all of it
         name = f"{time.time_ns():020}-{secrets.token_hex(4)}.jsonl"
         self.part = parts_folder(number) / name
         self.part.parent.mkdir(parents=True, exist_ok=True)
-        append(self.part, b'{"begin":"%s"}\n' % TASK.encode())
+        begin = {"begin": TASK, "driver": driver}
+        append(self.part, json.dumps(begin).encode() + b"\n")
+        self.idle = False  # it has said that none of its rows are in the processor
         self.careful = earlier.deaths >= DEATHS
         self.suspects = set(earlier.suspects) if self.careful else set[int]()
         rows = [row for row in lines if row["row"] not in self.results]
         rows.sort(key=lambda row: row["row"] not in self.suspects)
         self.rows = collections.deque(rows)
-        if earlier.guilty is not None and earlier.guilty not in self.results:
-            guilty = self.rows.popleft()
-            self.suspects.clear()
-            self.end(guilty, None, {"code": "container_died", "message": DIED})
+        self.tries: dict[int, int] = {}  # of rows that failed alone
+        self.rests_until = 0.0  # when the next of those is tried again
+        for row in rows:
+            if row["row"] == earlier.guilty:
+                self.rows.remove(row)
+                self.suspects.clear()
+                self.end(row, None, {"code": "container_died", "message": DIED})
 
     def next_wave(self) -> int:
         """How many rows to try next, after deaths: ever fewer of those that were being
         tried when it died, in the end one, alone; of the others some."""
         return max(1, len(self.suspects) // 8) if self.suspects else WAVE
 
-    def wave(self, *, alone: bool) -> list[dict[str, Any]]:
+    @property
+    def next_is_alone(self) -> bool:
+        return bool(self.suspects) and self.next_wave() == 1
+
+    def wave(self) -> list[dict[str, Any]]:
+        """Take the next rows, when it is on the disk which they are."""
+        alone = self.next_is_alone
         size = min(self.next_wave(), len(self.rows))
-        rows = [self.rows.popleft() for _ in range(size)]
+        rows = list(itertools.islice(self.rows, size))
         numbers = [row["row"] for row in rows]
-        wave = {"trying": numbers, "alone": alone}
-        trying = json.dumps(wave, separators=(",", ":"))
-        self.save(trying.encode() + b"\n")
+        saved(lambda: self.mark(numbers, alone=alone))
+        for _ in rows:
+            self.rows.popleft()
         self.suspects.difference_update(numbers)
         return rows
+
+    def mark(self, trying: list[int] | None, *, alone: bool = False) -> None:
+        """Say which rows are in the processor from now on, and save what has ended."""
+        wave = {"trying": trying, "alone": alone}
+        self.save(json.dumps(wave, separators=(",", ":")).encode() + b"\n")
+        self.idle = trying == []
+
+    def put_back(self, row: dict[str, Any], tries: int, later: float) -> None:
+        """A row that failed alone comes next, and alone again."""
+        self.rows.appendleft(row)
+        self.suspects.add(row["row"])
+        self.tries[row["row"]] = tries
+        self.rests_until = later
 
     def end(
         self, row: dict[str, Any], answer: object, error: dict[str, str] | None
@@ -543,17 +630,38 @@ class Shard:
         return len(self.results) == self.total
 
     def save(self, last: bytes = b"") -> None:
-        lines = [self.unsaved.popleft() for _ in range(len(self.unsaved))]
-        if lines or last:
+        counts = dataclasses.replace(self.counts)
+        lines = list(self.unsaved)
+        if self.overtaken or not (lines or last):
+            return
+        try:
             append(self.part, b"".join(lines) + last)
+        except FileNotFoundError:
+            # A driver that came back gave the shard to another container, too.
+            if not answers_file(self.number).exists():
+                raise
+            self.overtaken = True
+            return
+        for _ in lines:
+            self.unsaved.popleft()
+        self.saved = counts
 
-    def publish(self) -> None:
-        """All results in one file, in the order of the rows; the parts are not needed any more."""
-        lines = [self.results[row] for row in sorted(self.results)]
-        write_whole(
-            answers_file(self.number), gzip.compress(b"".join(lines), compresslevel=1)
-        )
+    def close(self) -> None:
+        """All results in one file, in the order of the rows; the parts are not needed any
+        more. Where not every row ended, those stay."""
+        file = answers_file(self.number)
+        if not file.exists():  # by another attempt
+            if not self.complete:
+                self.save(b'{"end":"stopped"}\n')
+                return
+            lines = [self.results[row] for row in sorted(self.results)]
+            write_whole(file, gzip.compress(b"".join(lines), compresslevel=1))
         shutil.rmtree(self.part.parent, ignore_errors=True)
+
+
+def published(shard: int) -> dict[str, Any]:
+    counts = Counts.of_lines(read_gzip(answers_file(shard)))
+    return {**dataclasses.asdict(counts), "ended": 1}
 
 
 class Line:
@@ -562,6 +670,9 @@ class Line:
 
     One thread has the processor and all rows; one saves what has ended every
     SAVE_SECONDS; and each call of `work` brings a shard and waits for its end.
+
+    While the Volume cannot be written no row is started, and after PATIENCE seconds each
+    call says so and ends.
     """
 
     def __init__(self, processor: Processor) -> None:
@@ -572,40 +683,84 @@ class Line:
         self.again: list[tuple[float, int, Shard, dict[str, Any], int]] = []
         self.keys = itertools.count()
         self.disk = threading.RLock()  # held by whoever has a file of the Volume open
-        self.alone: Shard | None = None  # which has the processor to itself
+        self.alone: Shard | None = None  # whose next row gets the processor to itself
         self.stopping = threading.Event()
         self.run_id = ""
         self.counted: dict[int, dict[str, int]] = {}
+        self.unwritten: float | None = None  # since when the Volume takes nothing
         threading.Thread(target=self.run_rows, name="rows", daemon=True).start()
         threading.Thread(target=self.keep_saving, name="saver", daemon=True).start()
 
     # -- called by each shard's own thread
 
-    def work(self, number: int, run: str, retry_failed: bool = False) -> dict[str, int]:
+    def work(
+        self, number: int, run: str, retry_failed: bool = False, driver: str = ""
+    ) -> dict[str, Any]:
         """Answer the rows of a shard that have no answer yet; what they came to, and
-        whether that is all (`ended`). With `retry_failed` an error is no answer."""
+        whether that is all (`ended`). With `retry_failed` an error is no answer. Where
+        the Volume cannot be written: what of it is there, and why (`unwritable`)."""
         if run != self.run_id:
             self.run_id = run
             self.stopping.clear()
-        with self.disk:
-            volume.commit()
-            volume.reload()  # what other containers did
-            if retry_failed:
-                forget_failed(number, run)
-            if answers_file(number).exists():  # an attempt that was given up did it
-                counts = Counts.of_lines(read_gzip(answers_file(number)))
-                return {**dataclasses.asdict(counts), "ended": 1}
-            shard = Shard(number)
-            volume.commit()
+        try:
+            shard: Shard | None = self.patiently(
+                lambda: self.begin(number, run, retry_failed, driver)
+            )
+            if shard is None:  # an attempt that was given up did it
+                return published(number)
+        except Unwritable as error:
+            counts = dataclasses.asdict(Counts())
+            return {**counts, "ended": 0, "unwritable": str(error)}
         self.arriving.put(shard)
         shard.settled.wait()
+        try:
+            self.patiently(lambda: saved(shard.close))
+        except Unwritable as error:
+            counts = dataclasses.asdict(shard.saved)
+            return {**counts, "ended": 0, "unwritable": str(error)}
         with self.disk:
-            if shard.complete:
-                shard.publish()
-            else:
-                shard.save(b'{"end":"stopped"}\n')
-            volume.commit()
-        return {**dataclasses.asdict(shard.counts), "ended": int(shard.complete)}
+            if answers_file(number).exists():
+                return published(number)
+        return {**dataclasses.asdict(shard.saved), "ended": 0}
+
+    def begin(
+        self, number: int, run: str, retry_failed: bool, driver: str
+    ) -> Shard | None:
+        """An attempt; None where there is none to make any more."""
+        found: list[Shard] = []
+
+        def begin() -> None:
+            if retry_failed:
+                forget_failed(number, run)
+            if not answers_file(number).exists():
+                found.append(Shard(number, driver))
+
+        commit(reload=True)  # what other containers did
+        saved(begin)
+        return found[-1] if found else None
+
+    def patiently(self, write: Callable[[], Any]) -> Any:
+        """Try again and again, until the Volume was unwritable for too long."""
+        began = time.monotonic()
+        while True:
+            try:
+                with self.disk:
+                    return write()
+            except Unwritable as error:
+                self.failed_to_write(error)
+                if time.monotonic() - began > PATIENCE:
+                    raise
+                time.sleep(SAVE_SECONDS)
+
+    def failed_to_write(self, error: Unwritable) -> None:
+        if self.unwritten is None:
+            self.unwritten = time.monotonic()
+            say(f"not saved: {error}")
+
+    @property
+    def gives_up(self) -> bool:
+        since = self.unwritten
+        return since is not None and time.monotonic() - since > PATIENCE
 
     # -- the thread of the rows
 
@@ -626,47 +781,70 @@ class Line:
     def step(self) -> None:
         while not self.arriving.empty() or not (self.shards or self.flights):
             self.shards.append(self.arriving.get())
-        self.feed()
+        try:
+            self.feed()
+        except Unwritable as error:
+            self.failed_to_write(error)
         if self.flights:
             for key, outcome in self.processor.step():
                 self.land(key, outcome)
-        elif self.again and not self.stopping.is_set():
-            time.sleep(min(0.1, max(0.0, self.again[0][0] - time.monotonic())))
+        elif any(shard.rows or shard.in_flight for shard in self.shards):
+            time.sleep(0.02)  # until one may be tried again, or the Volume be written
+        stopping = self.stopping.is_set() or self.gives_up
         for shard in list(self.shards):
+            if shard.overtaken:
+                shard.rows.clear()
             idle = shard.in_flight == 0 and not shard.rows
-            if idle or (self.stopping.is_set() and not self.flights):
+            if idle or (stopping and not self.flights):
                 self.shards.remove(shard)
+                self.alone = None if self.alone is shard else self.alone
                 shard.settled.set()
 
     def feed(self) -> None:
-        if self.stopping.is_set():
+        if self.stopping.is_set() or self.unwritten is not None:
+            return
+        for shard in self.shards:
+            if self.alone is None and shard.careful:
+                self.feed_carefully(shard)
+        if self.alone is not None:
+            if not self.flights:
+                self.start_alone(self.alone)
             return
         while self.again and self.again[0][0] <= time.monotonic() and self.has_room():
             _, _, shard, row, tries = heapq.heappop(self.again)
             shard.in_flight -= 1
             self.start(shard, row, tries)
-        for shard in self.shards:
-            if shard.careful:
-                self.feed_carefully(shard)
-        while self.alone is None:
+        while True:
             first = next((s for s in self.shards if s.rows and not s.careful), None)
             if first is None or not self.has_room():
                 break
             self.start(first, first.rows.popleft(), 0)
 
     def feed_carefully(self, shard: Shard) -> None:
-        """The next wave of a shard in which containers died; a single row without others
-        beside it, of which the container may die too."""
-        if self.alone not in (None, shard) or shard.in_flight:
+        """The next wave of a shard in which containers died. When that is a single row, it
+        waits until nothing else is in the processor: of which the container may die too."""
+        if shard.in_flight or not shard.rows or time.monotonic() < shard.rests_until:
             return
-        self.alone = shard if shard.suspects and shard.next_wave() == 1 else None
-        if not shard.rows or (self.alone is not None and self.flights):
+        if shard.next_is_alone:
+            self.alone = shard
             return
         with self.disk:
-            rows = shard.wave(alone=self.alone is shard)
-            volume.commit()
+            rows = shard.wave()
         for row in rows:
             self.start(shard, row, 0)
+
+    def start_alone(self, shard: Shard) -> None:
+        def rest() -> None:
+            for other in self.shards:
+                if other is not shard and not other.idle:
+                    other.mark([])
+
+        with self.disk:
+            saved(rest)
+            (row,) = shard.wave()
+        self.start(shard, row, shard.tries.get(row["row"], 0))
+        if not self.flights:
+            self.alone = None
 
     def has_room(self) -> bool:
         return len(self.flights) < self.processor.capacity
@@ -675,6 +853,8 @@ class Line:
         if "bad" in row:
             shard.end(row, None, row["bad"])
             return
+        if shard.idle:
+            self.write(lambda: shard.mark(None))
         if "media" in row:
             place(row)
         key = next(self.keys)
@@ -688,19 +868,34 @@ class Line:
 
     def land(self, key: int, outcome: object) -> None:
         shard, row, tries = self.flights.pop(key)
+        alone = self.alone is shard
         if not isinstance(outcome, Failed):
             shard.in_flight -= 1
             shard.end(row, outcome, None)
         elif outcome.retry and tries < RETRIES:
             # Seconds doubled with each try, and no two rows at the same time.
             later = time.monotonic() + min(60, 2**tries) * random.uniform(0.5, 1.0)
-            heapq.heappush(self.again, (later, key, shard, row, tries + 1))
+            if alone:
+                shard.in_flight -= 1
+                shard.put_back(row, tries + 1, later)
+            else:
+                heapq.heappush(self.again, (later, key, shard, row, tries + 1))
         else:
             shard.in_flight -= 1
             message = outcome.message
             if tries:
                 message += f" (tried {tries + 1} times)"
             shard.end(row, None, {"code": outcome.code, "message": message})
+        if alone:
+            self.alone = None
+            self.write(lambda: shard.mark([]))
+
+    def write(self, write: Callable[[], object]) -> None:
+        try:
+            with self.disk:
+                saved(write)
+        except Unwritable as error:
+            self.failed_to_write(error)
 
     # -- the thread that saves
 
@@ -710,21 +905,35 @@ class Line:
             try:
                 self.save()
                 self.report()
-            except Exception as error:  # noqa: BLE001
+            except Unwritable as error:
                 # Next time: nothing that is not saved is said to be done.
-                say(f"not saved: {type(error).__name__}: {error}")
+                self.failed_to_write(error)
+            except Exception as error:  # noqa: BLE001
+                say(f"not told: {type(error).__name__}: {error}")
 
     def save(self) -> None:
-        with self.disk:
-            counted = {
-                shard.number: dataclasses.asdict(shard.counts) for shard in self.shards
-            }
-            waiting = any(shard.unsaved for shard in self.shards)
-            for shard in list(self.shards):
+        shards = list(self.shards)
+
+        def save() -> None:
+            if self.unwritten is not None:
+                find_room()
+            for shard in shards:
                 shard.save()
-            if waiting:
-                volume.commit()
-            self.counted = counted
+
+        with self.disk:
+            if self.unwritten is not None or any(shard.unsaved for shard in shards):
+                saved(save)
+            self.unwritten = None
+            self.counted = {
+                shard.number: dataclasses.asdict(shard.saved) for shard in shards
+            }
+
+    def leave(self) -> None:
+        """The container is told to end: it does not die of its rows."""
+        with self.disk:
+            for shard in list(self.shards):
+                shard.save(b'{"end":"left"}\n')
+            volume.commit()
 
     def report(self) -> None:
         """Say how far it is, and hear whether to stop."""
@@ -1274,11 +1483,11 @@ class Ledger:
     def end(self, shard: int, run: str, counts: dict[str, Any]) -> None:
         """The last line of a shard is the one that holds."""
         entry = {**counts, "run": run}
-        self.ended[shard] = entry
-        self.now.pop(shard, None)
         line = json.dumps({"shard": shard, **entry}, separators=(",", ":"))
         # A line of its own, also after one that a crash tore.
         append(DATA / "ledger.jsonl", b"\n" + line.encode() + b"\n")
+        self.ended[shard] = entry
+        self.now.pop(shard, None)
 
     def heard(self, reports: Iterable[tuple[str, Any]]) -> None:
         """What the containers last said of themselves."""
@@ -1323,9 +1532,15 @@ class Driver:
         self.retry_failed = retry_failed
         self.ledger = Ledger()
         self.began = time.time()
+        self.name = secrets.token_hex(4)  # of this driver: the next one has another
         self.problem: str | None = None  # why the run is to end before the rows do
         self.state = "running"
+        self.over = False  # nothing is being worked on any more
         self.failures: dict[int, int] = {}
+        self.failed = 0  # calls, of all shards
+        self.works = False  # a row was answered
+        self.reached: dict[int, int] = {}  # rows that had ended at its last failure
+        self.unwritten: float | None = None  # since when the Volume takes nothing
         self.phase = "answering"
         self.wrong: dict[str, Any] = {}  # with where the answers belong
 
@@ -1337,9 +1552,13 @@ class Driver:
             while (todo and self.goes_on()) or running:
                 while todo and self.goes_on() and len(running) < AT_ONCE:
                     running.add(asyncio.create_task(self.work(todo.popleft(), todo)))
-                _, running = await asyncio.wait(
-                    running, return_when=asyncio.FIRST_COMPLETED
+                ended, running = await asyncio.wait(
+                    running, timeout=1, return_when=asyncio.FIRST_COMPLETED
                 )
+                for task in ended:
+                    task.result()  # raises what went wrong
+                if self.state == "stopped" and self.waited_in_vain(2 * PATIENCE):
+                    break  # what cannot be written may keep the calls, too
         finally:
             watcher.cancel()
         if self.state == "running" and todo:
@@ -1347,7 +1566,8 @@ class Driver:
             await drive.spawn.aio(self.run, self.retry_failed)
         elif self.state == "running":
             await self.publish()
-        return await self.tell()
+        self.over = True
+        return await self.tell_the_end()
 
     async def publish(self) -> None:
         """Have the answers written where they belong."""
@@ -1355,7 +1575,10 @@ class Driver:
         stamp = ""
         writing = asyncio.ensure_future(files.remote.aio("publish", stamp))
         while not writing.done():
-            await self.tell()
+            try:
+                await self.tell()
+            except Exception as error:  # noqa: BLE001
+                self.failed_to_write(error)
             await asyncio.wait([writing], timeout=SAVE_SECONDS)
         told = what_came_of(writing)
         if "problems" in told:
@@ -1377,40 +1600,78 @@ class Driver:
     async def work(self, shard: int, todo: collections.deque[int]) -> None:
         try:
             retry = self.retry_failed and shard in self.ledger.ended
-            counts = await Worker().work.remote.aio(shard, self.run, retry)
+            counts = await Worker().work.remote.aio(shard, self.run, retry, self.name)
         except Exception as error:  # noqa: BLE001
             self.fail(shard, todo, error)
             return
-        if counts.pop("ended"):
-            self.failures.pop(shard, None)
-            self.ledger.end(shard, self.run, counts)
-        else:
+        ended, reason = counts.pop("ended"), counts.pop("unwritable", None)
+        if reason is not None:
+            self.stop_unwritten(reason)
+        while ended:
+            try:
+                self.ledger.end(shard, self.run, counts)
+                break
+            except OSError as error:
+                self.failed_to_write(error)
+            if self.state != "running":
+                break  # its answers are there, and the next run finds them
+            await asyncio.sleep(SAVE_SECONDS)
+        if shard not in self.ledger.ended:
             self.ledger.now[shard] = counts
 
     def fail(self, shard: int, todo: collections.deque[int], error: Exception) -> None:
         """A shard comes again, and again; but a job of which nothing works is ended."""
-        say(f"shard {shard}: {type(error).__name__}: {error}")
+        say(f"shard {shard}: {cause(error)}")
+        results = list(map(json.loads, read_parts(shard, self.name).results.values()))
+        errors = [result["error"] for result in results if "error" in result]
+        deadly = sum(error["code"] == "container_died" for error in errors)
+        if len(results) > self.reached.get(shard, 0):
+            self.reached[shard] = len(results)
+            self.failures[shard] = 0
         self.failures[shard] = self.failures.get(shard, 0) + 1
-        hopeless = not self.ledger.ended and sum(self.failures.values()) >= 3
-        if hopeless or self.failures[shard] >= MOST_FAILURES:
+        self.failed += 1
+        self.works = self.works or bool(self.ledger.ended) or len(results) > len(errors)
+        hopeless = not self.works and self.failed >= 3
+        if hopeless or self.failures[shard] >= MOST_FAILURES or deadly > MOST_DEADLY:
             self.state = "failed"
-            self.problem = f"shard {shard}: {type(error).__name__}: {error}"
+            self.problem = f"shard {shard}: {cause(error)}"
         else:
             todo.append(shard)
+
+    def failed_to_write(self, error: Exception) -> None:
+        """Try again later; whoever cannot write for too long stops in order."""
+        if self.unwritten is None:
+            self.unwritten = time.monotonic()
+            say(f"not written: {cause(error)}")
+        elif self.waited_in_vain(PATIENCE):
+            self.stop_unwritten(cause(error))
+
+    def waited_in_vain(self, seconds: float) -> bool:
+        since = self.unwritten
+        return since is not None and time.monotonic() - since > seconds
+
+    def stop_unwritten(self, reason: str) -> None:
+        if self.state in ("running", "done"):
+            self.state = "stopped"
+            self.problem = f"the job's Volume cannot be written: {reason}"
 
     async def watch(self) -> None:
         """Every other second: hear the containers, say how far it is, and whether to stop."""
         while True:
             try:
                 self.ledger.heard([item async for item in live.items.aio()])
-                figures = await self.tell()
-                await self.stop_if_told(figures)
+                self.stop_if_told(await self.tell())
             except Exception as error:  # noqa: BLE001
-                # Next time.
-                say(f"not told: {type(error).__name__}: {error}")
+                self.failed_to_write(error)
+                self.say_status()
+            else:
+                self.unwritten = None
+            if self.state != "running":
+                with contextlib.suppress(Exception):  # next time
+                    await live.put.aio("stop", self.run)
             await asyncio.sleep(SAVE_SECONDS)
 
-    async def stop_if_told(self, figures: dict[str, Any]) -> None:
+    def stop_if_told(self, figures: dict[str, Any]) -> None:
         stop = DATA / "control" / "stop"
         if self.state != "running":
             pass
@@ -1420,14 +1681,22 @@ class Driver:
             self.state = "stopped"
             spent = figures["usd"]
             self.problem = f"${spent:.2f} were spent, and the cap is ${MAX_USD:.2f}"
-        if self.state != "running":
-            await live.put.aio("stop", self.run)
 
-    async def tell(self) -> dict[str, Any]:
-        """The figures: into the Volume, and as a line into the App's logs."""
-        status = {
+    async def tell_the_end(self) -> dict[str, Any]:
+        """Where the Volume does not take it, at least the logs do."""
+        while True:
+            try:
+                return await self.tell()
+            except Exception as error:  # noqa: BLE001
+                self.failed_to_write(error)
+                if self.waited_in_vain(PATIENCE):
+                    return self.say_status()
+            await asyncio.sleep(SAVE_SECONDS)
+
+    def status(self) -> dict[str, Any]:
+        return {
             "run": self.run,
-            "state": self.state,
+            "state": self.state if self.over else "running",
             "problem": self.problem,
             "time": round(time.time(), 3),
             "began": round(self.began, 3),
@@ -1435,9 +1704,17 @@ class Driver:
             "phase": self.phase,
             **self.wrong,
         }
+
+    def say_status(self) -> dict[str, Any]:
+        status = self.status()
+        print("@gpuctl " + json.dumps(status, separators=(",", ":")), flush=True)
+        return status
+
+    async def tell(self) -> dict[str, Any]:
+        """The figures: into the Volume, and then as a line into the App's logs."""
+        status = self.status()
         file = {**status, "containers_up": self.ledger.containers}
         write_whole(DATA / "status.json", json.dumps(file).encode())
         await volume.commit.aio()  # type: ignore[no-untyped-call]
         await volume.reload.aio()  # type: ignore[no-untyped-call]
-        print("@gpuctl " + json.dumps(status, separators=(",", ":")), flush=True)
-        return status
+        return self.say_status()
