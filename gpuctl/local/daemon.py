@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import fcntl
 import functools
-import hmac
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from gpuctl.local.listeners import Listeners
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping
 
-    from gpuctl.local.wire import Endpoint
+    from gpuctl.local.wire import Call, Endpoint
 
 log = logging.getLogger("gpuctl.local")
 
@@ -218,6 +217,7 @@ class ControlPlane:
         from gpuctl.local.billing import Billing
         from gpuctl.local.blobs import Blobs
         from gpuctl.local.builders import Builders
+        from gpuctl.local.callers import Callers
         from gpuctl.local.calls import Calls
         from gpuctl.local.capacity import Capacity
         from gpuctl.local.command_router import CommandRouter, RouterAccess
@@ -284,6 +284,7 @@ class ControlPlane:
             self._logs,
             gpus,
         )
+        self._callers = Callers(self._tasks, self._token_id, self._token_secret)
         self._images.attach(Builders(self._functions, self._tasks))
         self._servers.attach(self._functions, self._tasks)
         self._calls = Calls(store, Ledger(store), self._functions, self._tasks, self._logs, Capacity())
@@ -381,7 +382,7 @@ class ControlPlane:
 
         endpoints = self.endpoints()
         served = {
-            **routes(ModalClientBase, endpoints, self._authenticate),
+            **routes(ModalClientBase, endpoints, self._callers.authenticate),
             **routes(TaskCommandRouterBase, collect(self._router), self._authenticate_router),
         }
         path = str(folder / "plane.sock")
@@ -415,28 +416,11 @@ class ControlPlane:
             f"--port: {port} is taken or not allowed", hint="without --port, a free one is chosen"
         )
 
-    def _authenticate(self, metadata: Mapping[str, Any]) -> Any:
-        from gpuctl.local.wire import Call, unauthenticated
-
-        def header(name: str) -> str:
-            value = metadata.get(name, "")
-            return value if isinstance(value, str) else ""
-
-        version, key = header("x-modal-client-version"), header("x-idempotency-key")
-        if task_id := header("x-modal-task-id"):
-            if task := self._tasks.of_credentials(task_id, header("x-modal-task-secret")):
-                return Call(task_id, version, task.isolated, key, restricted=task.restricted)
-        elif hmac.compare_digest(
-            header("x-modal-token-id").encode(), self._token_id.encode()
-        ) and hmac.compare_digest(header("x-modal-token-secret").encode(), self._token_secret.encode()):
-            return Call("", version, idempotency_key=key)
-        raise unauthenticated("Token missing or not the local control plane's own: see `gpuctl local env`.")
-
-    def _authenticate_router(self, metadata: Mapping[str, Any]) -> Any:
+    def _authenticate_router(self, metadata: Mapping[str, str]) -> Call:
         """By a token for one container; who has the plane's own is told what is refused, and not let into one."""
         if "authorization" in metadata:
             return self._router.authenticate(metadata)
-        return self._authenticate(metadata)
+        return self._callers.authenticate(metadata)
 
     async def stop(self) -> None:
         """End what runs, in order: no new calls, then containers (they may still talk), then the rest."""

@@ -54,8 +54,12 @@ _MOST_WINDOW = (1 << 31) - 1
 _MOST_FRAME = (1 << 24) - 1
 
 
+_FRAME_HEAD = struct.Struct(">IBI")  # the payload's size and the kind in one; flags; stream
+_MESSAGE_HEAD = struct.Struct(">BI")  # 1 for a compressed one; the message's size
+
+
 def _frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
-    return struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream_id) + payload
+    return _FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream_id) + payload
 
 
 def _header(name: str, value: str) -> bytes:
@@ -137,15 +141,11 @@ class _Stream:
         self._parts.clear()
         answer: Any
         try:
-            if len(data) < 5 or data[0] or int.from_bytes(data[1:5], "big") != len(data) - 5:
+            if len(data) < 5 or _MESSAGE_HEAD.unpack_from(data) != (0, len(data) - 5):
                 raise GRPCError(Status.UNIMPLEMENTED, "not one uncompressed message")
             answer = self._route.begin(self._call, data[5:])
-            if isinstance(answer, Message):
-                message = answer.SerializeToString()
-                if len(message) < min(_FRAME, self.window, self._connection.window) - 5:
-                    self._put(message)
-                    self._finish(None)
-                    return
+            if isinstance(answer, Message) and self._reply(answer.SerializeToString()):
+                return
         except Exception as error:
             self._finish(error)
             return
@@ -166,10 +166,11 @@ class _Stream:
                         await self._send(message.SerializeToString())
                         self._flush()
                         await self._connection.drain()
-            elif isinstance(answer, Message):  # a large one
-                await self._send(answer.SerializeToString())
             else:
-                await self._send((await answer).SerializeToString())
+                message = (answer if isinstance(answer, Message) else await answer).SerializeToString()
+                if self._reply(message):
+                    return
+                await self._send(message)
         except asyncio.CancelledError:
             if self._connection.streams.pop(self.id, None) is not None:
                 self._connection.write(_reset(self.id, _CANCEL))
@@ -179,14 +180,33 @@ class _Stream:
         else:
             self._finish(None)
 
+    def _reply(self, message: bytes) -> bool:
+        """The whole answer, where it is short and there is room for it: nearly always. Else False."""
+        connection, size = self._connection, len(message) + _MESSAGE_HEAD.size
+        if size > _FRAME or size > self.window or size > connection.window:
+            return False
+        if connection.streams.pop(self.id, None) is not None:
+            connection.window -= size
+            connection.write(
+                b"".join(
+                    (
+                        _FRAME_HEAD.pack(len(_BEGIN) << 8 | _HEADERS, _END_HEADERS, self.id),
+                        _BEGIN,
+                        _FRAME_HEAD.pack(size << 8 | _DATA, 0, self.id),
+                        _MESSAGE_HEAD.pack(0, len(message)),
+                        message,
+                        _FRAME_HEAD.pack(len(_GOOD_END) << 8 | _HEADERS, _END_HEADERS | _END_STREAM, self.id),
+                        _GOOD_END,
+                    )
+                )
+            )
+        return True
+
     async def _send(self, message: bytes) -> None:
         """In frames, as the client makes room."""
         connection, at = self._connection, 0
-        if len(message) < min(_FRAME, self.window, connection.window) - 5:
-            self._put(message)
-            return
         self._head()
-        data = struct.pack(">BI", 0, len(message)) + message
+        data = _MESSAGE_HEAD.pack(0, len(message)) + message
         while at < len(data):
             size = min(_FRAME, self.window, connection.window, len(data) - at)
             if size <= 0:
@@ -200,14 +220,6 @@ class _Stream:
             if len(self._out) > 16:
                 self._flush()
                 await connection.drain()
-
-    def _put(self, message: bytes) -> None:
-        """The same for one that fits."""
-        self._head()
-        size = len(message) + 5
-        self.window -= size
-        self._connection.window -= size
-        self._out.append(_frame(_DATA, 0, self.id, struct.pack(">BI", 0, len(message)) + message))
 
     def _head(self) -> None:
         if not self._begun:
@@ -299,25 +311,26 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         data = self._pending + data if self._pending else data
-        at = 0
+        at, end = 0, len(data)
         try:
             if not self._greeted:
-                if len(data) < len(_PREFACE):
+                if end < len(_PREFACE):
                     self._pending = data
                     return
                 if not data.startswith(_PREFACE):
                     raise _ConnectionError(_PROTOCOL_ERROR)
                 self._greeted, at = True, len(_PREFACE)
-            while len(data) - at >= 9:
-                size = data[at] << 16 | data[at + 1] << 8 | data[at + 2]
+            while end - at >= 9:
+                head, flags, stream_id = _FRAME_HEAD.unpack_from(data, at)
+                size = head >> 8
                 if size > _FRAME:
                     raise _ConnectionError(_FRAME_SIZE_ERROR)
                 begin = at + 9
-                if len(data) - begin < size:
-                    break
-                stream_id = int.from_bytes(data[at + 5 : begin], "big") & 0x7FFFFFFF
-                self._receive(data[at + 3], data[at + 4], stream_id, data[begin : begin + size])
                 at = begin + size
+                if at > end:
+                    at = begin - 9
+                    break
+                self._receive(head & 0xFF, flags, stream_id & 0x7FFFFFFF, data[begin:at])
         except _ConnectionError as error:
             self.close(error.code)
             return
@@ -328,14 +341,14 @@ class _Connection(asyncio.Protocol):
     def _receive(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         if self._block is not None and (kind != _CONTINUATION or stream_id != self._block[0]):
             raise _ConnectionError(_PROTOCOL_ERROR)
-        if kind in (_OF_STREAM if not stream_id else _OF_CONNECTION) or not (
+        if kind in (_OF_CONNECTION if stream_id else _OF_STREAM) or not (
             self._settled or (kind == _SETTINGS and not flags & _ACK)
         ):
             raise _ConnectionError(_PROTOCOL_ERROR)
-        if len(payload) != _SIZES.get(kind, len(payload)):
-            raise _ConnectionError(_FRAME_SIZE_ERROR)
         if kind == _DATA:
             self._on_data(flags, stream_id, payload)
+        elif len(payload) != _SIZES.get(kind, len(payload)):
+            raise _ConnectionError(_FRAME_SIZE_ERROR)
         elif kind == _HEADERS:
             payload = _unpadded(flags, payload)
             if flags & _PRIORITIZED:
@@ -406,9 +419,10 @@ class _Connection(asyncio.Protocol):
             stream.answer(self._server.loop)
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
-        self._must_be_open_or_closed(stream_id)
         size = len(payload)
         stream = self.streams.get(stream_id)
+        if stream is None:
+            self._must_be_open_or_closed(stream_id)
         acknowledge = b""
         self._unacknowledged += size
         if self._unacknowledged >= _WINDOW // 4:

@@ -44,7 +44,7 @@ _ASKED_FOR = {
     "FunctionStartPtyShell": "an interactive run (modal.interact, a breakpoint)",
 }
 
-Authenticate = Callable[[Mapping[str, Any]], Call]
+Authenticate = Callable[[Mapping[str, str]], Call]
 
 
 def rpc_names(base: type) -> list[str]:
@@ -67,7 +67,7 @@ class Route:
             f": that is {what}" if what else ""
         )
 
-    def admit(self, metadata: Mapping[str, Any]) -> Call:
+    def admit(self, metadata: Mapping[str, str]) -> Call:
         """Who calls, by the headers alone. Raises what the client is told where that is not to be."""
         call = self._authenticate(metadata)
         if call.restricted and self.name not in _OF_THE_RUNTIME:

@@ -11,7 +11,7 @@ import errno
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf import empty_pb2, timestamp_pb2
 from grpclib import GRPCError, Status
@@ -24,8 +24,7 @@ WORKSPACE = "local"  # what stands where the cloud shows a user's name
 _MARK = "__modal_rpc__"
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Who makes a call: the user's client, or the container `task_id`.
 
     `isolated`: the caller has a network of its own, and reaches the plane's URLs only by its way out.
