@@ -469,17 +469,22 @@ def _described(ref: ModelRef, described: Described, source: str) -> Found:
     )
 
 
+def cache_folder(repo: str) -> Path:
+    """Where files of one repository are kept. It may not be there."""
+    from urllib.parse import urlsplit
+
+    from gpuctl.hub import endpoint
+    from gpuctl.paths import cache_dir
+
+    host = re.sub(r"[^A-Za-z0-9.-]", "_", urlsplit(endpoint()).netloc)
+    return cache_dir(make=False) / "hub" / host / repo.replace("/", "--")
+
+
 class _Cache:
     """Files of one repository: `COMMIT.json`, what the hub said of it; `refs.json`, the commit of each branch."""
 
     def __init__(self, repo: str) -> None:
-        from urllib.parse import urlsplit
-
-        from gpuctl.hub import endpoint
-        from gpuctl.paths import cache_dir
-
-        host = re.sub(r"[^A-Za-z0-9.-]", "_", urlsplit(endpoint()).netloc)
-        self.folder = cache_dir(make=False) / "hub" / host / repo.replace("/", "--")
+        self.folder = cache_folder(repo)
 
     def read(self, commit: str) -> Described | None:
         from gpuctl.repos import document_of

@@ -399,7 +399,7 @@ def judge_choice(
     cards: Mapping[str, Card],
 ) -> Candidate:
     """The verdict on one choice, named as the user named it, with what had to be assumed about the card."""
-    card, assumed = _card(choice, cards)
+    card, assumed = card_of(choice, cards)
     if concurrency is not None:
         candidate = judge(facts, card, choice.count, dataclasses.replace(ask, concurrency=concurrency))
     else:
@@ -431,7 +431,7 @@ def _planned(facts: ModelFacts, card: Card, count: int, ask: Ask, judge: Judge) 
     )
 
 
-def _card(choice: GpuChoice, cards: Mapping[str, Card]) -> tuple[Card, tuple[str, ...]]:
+def card_of(choice: GpuChoice, cards: Mapping[str, Card]) -> tuple[Card, tuple[str, ...]]:
     """The card to reckon with, and what that assumes of what Modal hands out."""
     if choice.type == ANY:
         smallest = min(cards.values(), key=lambda card: card.memory_bytes)

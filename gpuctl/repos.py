@@ -28,6 +28,7 @@ _RECORD = ["sha", "siblings", "safetensors", "gated", "pipeline_tag", "library_n
 _MOST_CONFIG = 4 * 2**20  # bytes: the longest config.json seen has 60 kB
 _INDEX_START = 4096  # bytes in which an index states its total
 _MOST_INDEX = 64 * 2**20
+_MOST_FILE = 64 * 2**20
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -89,6 +90,16 @@ def resolve(repo: str, revision: str | None) -> _Record:
             hint="unset it, or give an alias",
         )
     return _Hub(repo, revision).record()
+
+
+def small_file(repo: str, revision: str | None, name: str) -> bytes | None:
+    """A file of up to 64 MiB, whole; None where there is none."""
+    if offline():
+        raise UnreachableError(f"MODEL: the hub is not asked about {repo}: HF_HUB_OFFLINE is set")
+    content = _Hub(repo, revision).start_of(name, revision, _MOST_FILE + 1)
+    if content is not None and len(content) > _MOST_FILE:
+        raise UnreachableError(f"MODEL: {repo}: {name} is longer than {_MOST_FILE >> 20} MiB")
+    return content
 
 
 @dataclass(frozen=True)
@@ -212,22 +223,22 @@ class _Hub:
     ) -> tuple[Mapping[str, int] | None, int | None]:
         """Elements by dtype, and bytes, from the index or the header of the weights; None: neither is there."""
         if files is None or INDEX in files:
-            start = self._start_of(INDEX, commit, _INDEX_START)
+            start = self.start_of(INDEX, commit, _INDEX_START)
             if start is not None:
                 stated = safetensors.total_size(start)
                 if stated is None and len(start) >= _INDEX_START:  # it stands at the end, then
-                    stated = safetensors.total_size(self._start_of(INDEX, commit, _MOST_INDEX) or b"")
+                    stated = safetensors.total_size(self.start_of(INDEX, commit, _MOST_INDEX) or b"")
                 if stated is not None:
                     return None, stated
         names = safetensors.files_of(["model.safetensors"] if files is None else files, None)
         found = []
         for name in names[:8]:  # more of them, and no index: not a model that an engine could load
-            start = self._start_of(name, commit, 8)
+            start = self.start_of(name, commit, 8)
             if start is None:
                 return None, None
             try:
                 length = safetensors.header_length(start)
-                header = self._start_of(name, commit, 8 + length) or b""
+                header = self.start_of(name, commit, 8 + length) or b""
                 found.append(safetensors.elements(header[8:]))
             except safetensors.HeaderError as error:
                 raise usage_error(f"MODEL: {self.repo}: {name} is no safetensors file: {error}") from error
@@ -264,7 +275,7 @@ class _Hub:
 
         return hf_hub_url(self.repo, name, revision=commit or self.revision, endpoint=self.endpoint)
 
-    def _start_of(self, name: str, commit: str | None, count: int) -> bytes | None:
+    def start_of(self, name: str, commit: str | None, count: int) -> bytes | None:
         """The first `count` bytes of a file, and no more where the server knows no ranges; None: no such file."""
         from huggingface_hub import get_session
 

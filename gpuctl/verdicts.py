@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpuctl import catalog
+from gpuctl.catalog.overheads import engine_constants
 from gpuctl.cost import cost_of
 from gpuctl.errors import GpuctlError, usage_error
+from gpuctl.fit.overheads import batch
 from gpuctl.fit.values import GIB, Ask, Verdict
 from gpuctl.fitting import (
     Assessment,
     assess,
+    card_of,
     cards,
     check_context,
     facts_of,
@@ -127,6 +130,28 @@ def starts_on(spec: ServeSpec, found: Found, rates: Rates) -> Callable[[GpuChoic
         return spec.force or one.verdict is not Verdict.NO
 
     return starts
+
+
+def speed_on(
+    spec: ServeSpec, found: Found, rates: Rates, choice: GpuChoice, *, context: int, requests: int
+) -> Candidate:
+    """How fast `spec` can be at best on a choice of GPUs, with so many requests of `context` tokens to do.
+
+    At once it does as many of them as it was asked to, else as vLLM does by default on that card, and as fit.
+    """
+    case = _case(dataclasses.replace(spec, max_model_len=None), found, rates, ())
+    card, _ = card_of(choice, case.cards)
+    at_once = spec.concurrency
+    if not spec.concurrency_asked:
+        at_once = batch(card, case.ask, engine_constants(spec.vllm_version), context).requests
+    return judge_choice(
+        case.facts,
+        choice,
+        dataclasses.replace(case.ask, context=context),
+        concurrency=max(1, min(at_once, requests)),
+        judge=case.judge,
+        cards=case.cards,
+    )
 
 
 def _case(spec: ServeSpec, found: Found, rates: Rates, argv: Sequence[str]) -> _Case:

@@ -17,13 +17,14 @@ from gpuctl.files import write_private
 from gpuctl.paths import state_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from gpuctl.batch.remote import Remote
     from gpuctl.target import Target
 
 FILE_NAME = "job.py"
+_END = "end.json"
 SCHEMA = 1
 
 
@@ -97,6 +98,24 @@ def get(target: Target, environment: str, name: str) -> Job | None:
         text = (folder_of(target, environment, name) / "job.json").read_text(encoding="utf-8")
         return Job.from_document(json.loads(text))
     return None
+
+
+def save_end(target: Target, environment: str, name: str, status: Mapping[str, Any]) -> None:
+    """Keep how a job ended, of one that was started here; what cannot be kept is not."""
+    folder = folder_of(target, environment, name)
+    if (folder / "job.json").exists():
+        with contextlib.suppress(OSError):
+            write_private(folder / _END, json.dumps(dict(status)))
+
+
+def ended(target: Target, environment: str) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """The jobs of this machine that were followed to their end, and how each ended; the newest first."""
+    for job in known(target, environment):
+        with contextlib.suppress(OSError, ValueError):
+            text = (folder_of(target, environment, job.name) / _END).read_text(encoding="utf-8")
+            status = json.loads(text)
+            if isinstance(status, dict):
+                yield job, status
 
 
 def known(target: Target, environment: str) -> Iterator[Job]:

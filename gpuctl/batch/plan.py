@@ -36,6 +36,10 @@ class Decided:
     warnings: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    found: Found | None = (
+        None  # what is known of the model, and the prices: for what is reckoned with the rows
+    )
+    rates: Rates | None = None
 
     @property
     def usd_per_second(self) -> float | None:
@@ -54,14 +58,14 @@ class Decided:
 
 def decide(spec: BatchSpec, found: Found | None, rates: Rates, *, argv: Sequence[str]) -> Decided:
     """`found`: what is known of the model; None for a function. A usage error where the model does not fit."""
-    decided = Decided(spec)
+    decided = Decided(spec, rates=rates)
     if spec.model is not None and found is not None:
         decided = _judged(spec, found, rates, argv)
     spec = decided.spec
     if spec.target is Target.LOCAL:
         return decided
     if spec.gpu is not None:
-        cost = cost_of(_endpoint(spec), spec.gpu.choices, rates)
+        cost = cost_of(endpoint(spec), spec.gpu.choices, rates)
         each, warnings = cost.dearest.most_usd, tuple(cost.warnings())
     else:
         each, warnings = without_gpu(spec.cpu, spec.memory, spec.ephemeral_disk, spec.region, rates), ()
@@ -79,17 +83,19 @@ def decide(spec: BatchSpec, found: Found | None, rates: Rates, *, argv: Sequence
 def _judged(spec: BatchSpec, found: Found, rates: Rates, argv: Sequence[str]) -> Decided:
     from gpuctl.verdicts import settle
 
-    settled = settle(_endpoint(spec), found, rates, argv=argv, chats=False)
+    settled = settle(endpoint(spec), found, rates, argv=argv, chats=False)
     return Decided(
         dataclasses.replace(spec, gpu=settled.spec.gpu, max_model_len=settled.spec.max_model_len),
         notes=(*found.notes, *settled.notes),
         warnings=settled.warnings,
         head=settled.head,
         candidates=settled.candidates,
+        found=found,
+        rates=rates,
     )
 
 
-def _endpoint(spec: BatchSpec) -> ServeSpec:
+def endpoint(spec: BatchSpec) -> ServeSpec:
     """The endpoint that would be judged, and charged, as the job's containers are."""
     from gpuctl.specs.model import TINY, ModelRef
 

@@ -15,15 +15,16 @@ import os
 import shutil
 import tempfile
 import threading
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import __version__
 from gpuctl.batch import jobs
+from gpuctl.batch.before import Watch
 from gpuctl.batch.copies import FILE_NAME as COPIES
 from gpuctl.batch.copies import with_copies
+from gpuctl.batch.errors import Errors
 from gpuctl.batch.follow import RUNNING, alive, duration, follow
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.remote import Remote
@@ -46,6 +47,8 @@ from gpuctl.target import Target
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from gpuctl.batch.before import Before
+    from gpuctl.batch.estimate import Estimate
     from gpuctl.batch.inputs import Input
     from gpuctl.batch.outputs import Destination
     from gpuctl.batch.plan import Decided
@@ -62,6 +65,7 @@ class Prepared:
     job: Job
     staged: Staged
     source: str
+    watch: Watch | None = None  # of rows that are read here
 
 
 @dataclass
@@ -141,6 +145,7 @@ def prepared(
     spec = decided.spec
     console.say(rows.describe())
     with staging() as folder:
+        watch = Watch(folder / "sample", context=decided.spec.max_model_len)
         with console.spinner("reading …"):
             staged = stage(
                 strict(rows) if spec.strict else rows,
@@ -152,9 +157,12 @@ def prepared(
                 models=None
                 if spec.model is None
                 else {*spec.model.served_names, *adapters(spec.engine_args)},
+                see=watch.see,
             )
         if not staged.rows:
             raise usage_error(f"INPUT: {', '.join(spec.inputs)} has no rows")
+        if staged.bad == staged.rows:
+            raise _nothing_to_answer(spec, staged)
         name = spec.name or _name(spec, staged)
         source = render_batch(
             spec,
@@ -189,7 +197,35 @@ def prepared(
             put_code(staged.folder, spec, job, made_for=rows.url)
         for warning in rows.warnings():
             console.warn(warning)
-        yield Prepared(job, staged, source)
+        yield Prepared(job, staged, source, watch)
+
+
+def before_of(decided: Decided, what: Prepared, *, online: bool, console: Console) -> Before | None:
+    """What is told before the job starts, reckoned when it is asked for. `online`: the hub may be asked.
+
+    None where the rows are in the cloud, and nobody here has seen them.
+    """
+    if what.watch is None:
+        return None
+    from gpuctl.batch.before import Before
+
+    spec = decided.spec
+    ended = jobs.ended(spec.target, environment_name(spec.target, spec.environment))
+    return Before(decided, what.job, what.watch, online, console, ended)
+
+
+def _nothing_to_answer(spec: BatchSpec, staged: Staged) -> GpuctlError:
+    """Of an input of which no row can be answered nothing is started, and nothing costs anything."""
+    commonest = sorted(staged.why_bad.items(), key=lambda item: -item[1][0])[:_COMMONEST]
+    return usage_error(
+        [
+            f"INPUT: {', '.join(spec.inputs)}: none of its {staged.rows:,} rows can be answered",
+            *(
+                f"{code}: {rows:,} rows, the first of them {message[:300]}"
+                for code, (rows, message) in commonest
+            ),
+        ]
+    )
 
 
 def _name(spec: BatchSpec, staged: Staged) -> str:
@@ -219,9 +255,12 @@ def staging() -> Iterator[Path]:
 
 
 def start(
-    decided: Decided, what: Prepared, *, runner: Runner, console: Console, yes: bool
+    decided: Decided, what: Prepared, before: Before, *, runner: Runner, console: Console, yes: bool
 ) -> tuple[Remote, str | None]:
-    """Upload and start, or go on with the job that is there. The run to follow; None where the job has ended."""
+    """Upload and start, or go on with the job that is there. The run to follow; None where the job has ended.
+
+    What it may take and cost is said `before`.
+    """
     spec = decided.spec
     environment = environment_name(spec.target, spec.environment)
     for note in decided.notes:
@@ -238,18 +277,17 @@ def start(
         there = remote.read_json("job.json")
         if there is not None:
             return remote, go_on(spec, what, there, remote, environment, console, yes=yes)
-    if spec.target is Target.MODAL and not yes:
-        each = (
-            ""
-            if decided.usd_per_hour is None
-            else f", {usd(decided.usd_per_hour)} an hour for each container"
-        )
-        if not console.confirm(
-            f"Start job '{name}' on Modal (environment '{environment}'){each}?",
-            refused="--yes: needed to start a job on Modal when there is no terminal to ask on",
+    try:
+        estimate = before.tell()
+        if (
+            spec.target is Target.MODAL
+            and not yes
+            and not _agreed(decided, name, environment, estimate, console)
         ):
-            remote.delete()
             raise GpuctlError("not started")
+    except GpuctlError:
+        remote.delete()
+        raise
     file = jobs.save(spec.target, environment, what.job, what.source)
     upload = _Upload(remote, what)
     try:
@@ -260,6 +298,16 @@ def start(
         upload.finish()
     console.done(f"uploaded and deployed: {name}")
     return remote, remote.start(file)
+
+
+def _agreed(decided: Decided, name: str, environment: str, estimate: Estimate, console: Console) -> bool:
+    each = "" if decided.usd_per_hour is None else f"{usd(decided.usd_per_hour)} an hour for each container"
+    cost = estimate.cost_said()
+    costs = f", {cost} in all by the estimate ({each})" if cost else f", {each}" if each else ""
+    return console.confirm(
+        f"Start job '{name}' on Modal (environment '{environment}'){costs}?",
+        refused="--yes: needed to start a job on Modal when there is no terminal to ask on",
+    )
 
 
 class _Upload(threading.Thread):
@@ -365,6 +413,8 @@ def finish(
         status = found
     if status["state"] != RUNNING:
         remote.stop()
+        where = environment_name(remote.env.target, remote.environment)
+        jobs.save_end(remote.env.target, where, job.name, status)
     if status.get("phase") == "reading":  # in the cloud, and nothing was asked yet
         raise GpuctlError(
             status["problem"],
@@ -400,7 +450,7 @@ def fetch(
     """Download the answers and write the output. `home` is the folder in the Volume of a run of a schedule."""
     from gpuctl.batch.outputs import Output
 
-    errors: Counter[str] = Counter()
+    errors = Errors()
     with staging() as folder:
         with console.spinner("fetching the answers …"):
             remote.get(f"{home}answers", folder)
@@ -411,7 +461,7 @@ def fetch(
             results = read_results(folder / "answers")
             for result in with_copies(results, folder) if job.copies else results:
                 if result.error is not None:
-                    errors[f"{result.error.code}: {result.error.message}"] += 1
+                    errors.add(result.error)
                 output.write(result)
     return Summary(
         job=job.name,
@@ -419,7 +469,7 @@ def fetch(
         output=job.output,
         errors_file=str(where.errors) if output.failed else None,
         status={**status, "rows": job.rows, "done": output.answered, "failed": output.failed},
-        commonest=errors.most_common(_COMMONEST),
+        commonest=errors.commonest(_COMMONEST),
     )
 
 
@@ -439,6 +489,7 @@ def tell(summary: Summary, console: Console) -> None:
     if status["usd"] is not None:
         console.say(f"  ${status['usd']:.2f} for {duration(status['container_seconds'])} of containers")
     if summary.errors_file is not None:
-        console.warn(f"{status['failed']:,} rows have no answer: {summary.errors_file} says why of each")
-        for text, rows in summary.commonest:
-            console.say(f"  {rows:,} x {text[:200]}")
+        rows = "1 row has" if status["failed"] == 1 else f"{status['failed']:,} rows have"
+        console.warn(f"{rows} no answer: {summary.errors_file} says why of each")
+        for text, count in summary.commonest:
+            console.say(f"  {count:,} x {text[:200]}")

@@ -21,7 +21,7 @@ from gpuctl.batch.rows import Url
 from gpuctl.errors import GpuctlError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
 
     from gpuctl.batch.rows import Row
@@ -44,6 +44,7 @@ class Staged:
     characters: int = 0  # of the requests
     digest: str = ""
     urls: set[Url] = field(default_factory=set)
+    why_bad: dict[str, list[Any]] = field(default_factory=dict)  # by code: how many, and what the first is
     copies: int = 0  # rows that are answered by another's answer, and are in no shard
 
 
@@ -56,10 +57,12 @@ def stage(
     limit: int | None = None,
     dedupe: bool = False,
     models: Collection[str] | None = None,
+    see: Callable[[Url, Any], None] | None = None,
 ) -> Staged:
     """Write the rows into `folder/input`, which is made. `defaults` are put into each request that lacks them; with
     `dedupe` a request that an earlier row has is not asked again. `models` are the names that the engine knows: a
-    request for another (`gpt-4o`, of a file made for somebody else's API) is one for the job's model.
+    request for another (`gpt-4o`, of a file made for somebody else's API) is one for the job's model. `see` is shown
+    each request that travels.
 
     A GpuctlError where the disk is full.
     """
@@ -85,6 +88,8 @@ def stage(
                     continue
                 shard.append(text)
                 travel += 1
+                if see is not None and row.bad is None and row.url is not Url.FUNCTION:
+                    see(row.url, line["body"])
                 staged.characters += len(text)
                 if len(shard) >= size:
                     if travel <= _FIRST:
@@ -112,6 +117,7 @@ def _line(row: Row, defaults: Mapping[str, Any], folder: Path, staged: Staged) -
     if row.bad is not None:
         line["bad"] = {"code": row.bad.code, "message": row.bad.message}
         staged.bad += 1
+        staged.why_bad.setdefault(row.bad.code, [0, row.bad.message])[0] += 1
     else:
         body = row.body
         if row.url is not Url.FUNCTION and body is not None:

@@ -262,7 +262,8 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Answer every row of the input, once."""
-    from gpuctl.batch.run import finish, prepared, read_input, start, tell
+    from gpuctl.batch import remote_files
+    from gpuctl.batch.run import before_of, finish, prepared, read_input, start, tell
     from gpuctl.cli.console import Console
     from gpuctl.cli.serve import write_source
 
@@ -281,9 +282,6 @@ def run(
         raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
     argv = argv_of(ctx)
     if spec.remote_input:
-        from gpuctl.batch import remote_files
-
-        start = remote_files.start
         decided = _decided(ctx, spec, argv, console, offline=bool(dry_run or render))
         ready = remote_files.prepared(decided, argv=argv, console=console)
     else:
@@ -293,6 +291,7 @@ def run(
         decided = _decided(ctx, spec, argv, console, offline=bool(dry_run or render))
         ready = prepared(decided, rows, where, argv=argv, console=console)
     with ready as what:
+        before = before_of(decided, what, online=not (dry_run or render), console=console)
         if render:
             write_source(render, what.source)
         if dry_run:
@@ -302,6 +301,8 @@ def run(
                 console.note(note)
             for warning in decided.warnings:
                 console.warn(warning)
+            if before is not None:
+                before.tell()
             return
         if spec.schedule is not None:
             from gpuctl.batch import schedules
@@ -309,9 +310,14 @@ def run(
             deployed = schedules.deploy(decided, what, runner=runner_of(ctx), console=console, yes=yes)
             schedules.tell_deployed(deployed, console)
             return
-        remote, started = start(decided, what, runner=runner_of(ctx), console=console, yes=yes)
+        runner = runner_of(ctx)
+        if before is None:
+            remote, started = remote_files.start(decided, what, runner=runner, console=console, yes=yes)
+        else:
+            remote, started = start(decided, what, before, runner=runner, console=console, yes=yes)
+    estimate = {"estimate": None if before is None else before.document()}
     if detach and started is not None:
-        _tell_detached(remote, what.job, console)
+        _tell_detached(remote, what.job, console, **estimate)
         return
     summary = finish(
         remote,
@@ -322,7 +328,7 @@ def run(
         follows=started is not None,
     )
     if json:
-        console.print_document(summary.document())
+        console.print_document(summary.document() | estimate)
     else:
         tell(summary, console)
 
@@ -399,9 +405,9 @@ def _print_event(status: Any) -> None:
     print(json.dumps(status, separators=(",", ":")), flush=True)
 
 
-def _tell_detached(remote: Remote, job: Job, console: Console) -> None:
+def _tell_detached(remote: Remote, job: Job, console: Console, **more: Any) -> None:
     if console.json:
-        console.print_document({"job": job.name, "state": "running", "rows": job.rows})
+        console.print_document({"job": job.name, "state": "running", "rows": job.rows, **more})
     console.say(f"job {job.name} runs. It needs this machine no more:")
     for verb, does in (
         ("wait", "follows it, and fetches the answers"),

@@ -676,6 +676,9 @@ class Line:
     """
 
     def __init__(self, processor: Processor) -> None:
+        self.ready = time.time()
+        self.busy_seconds = 0.0  # while rows waited for room in the processor,
+        self.busy_rows = 0  # and the rows that ended then
         self.processor = processor
         self.arriving: queue.SimpleQueue[Shard] = queue.SimpleQueue()
         self.shards: list[Shard] = []
@@ -718,6 +721,8 @@ class Line:
         except Unwritable as error:
             counts = dataclasses.asdict(shard.saved)
             return {**counts, "ended": 0, "unwritable": str(error)}
+        with contextlib.suppress(Exception):  # figures, and no rows
+            self.report()  # a job may be over before the saver comes round
         with self.disk:
             if answers_file(number).exists():
                 return published(number)
@@ -786,8 +791,14 @@ class Line:
         except Unwritable as error:
             self.failed_to_write(error)
         if self.flights:
-            for key, outcome in self.processor.step():
+            waiting = any(shard.rows for shard in self.shards)
+            before = time.monotonic()
+            ended = self.processor.step()
+            for key, outcome in ended:
                 self.land(key, outcome)
+            if waiting:
+                self.busy_seconds += time.monotonic() - before
+                self.busy_rows += len(ended)
         elif any(shard.rows or shard.in_flight for shard in self.shards):
             time.sleep(0.02)  # until one may be tried again, or the Volume be written
         stopping = self.stopping.is_set() or self.gives_up
@@ -937,7 +948,8 @@ class Line:
 
     def report(self) -> None:
         """Say how far it is, and hear whether to stop."""
-        live.put(TASK, {"began": BEGAN, "seen": time.time(), "shards": self.counted})
+        up = [BEGAN, time.time(), self.ready, self.busy_seconds, self.busy_rows]
+        live.put(TASK, {"up": up, "shards": self.counted})
         if live.get("stop") == self.run_id:
             self.stopping.set()
 
@@ -1470,7 +1482,9 @@ class Ledger:
         self.rows: int = job["rows"] - job["copies"]
         self.ended: dict[int, dict[str, Any]] = {}
         self.now: dict[int, dict[str, int]] = {}  # shards that are being worked on
-        self.containers: dict[str, list[float]] = {}  # from when to when each was up
+        # When each began, was last seen, and could answer; for how many seconds rows
+        # waited for it, and how many ended then.
+        self.containers: dict[str, list[float]] = {}
         file = DATA / "ledger.jsonl"
         for line in file.read_bytes().splitlines() if file.exists() else ():
             with contextlib.suppress(ValueError):  # torn by a crash
@@ -1478,7 +1492,8 @@ class Ledger:
                 self.ended[entry.pop("shard")] = entry
         with contextlib.suppress(OSError, ValueError):
             status = json.loads((DATA / "status.json").read_bytes())
-            self.containers = status["containers_up"]
+            up = status["containers_up"]
+            self.containers = {task: one for task, one in up.items() if len(one) == 5}
 
     def end(self, shard: int, run: str, counts: dict[str, Any]) -> None:
         """The last line of a shard is the one that holds."""
@@ -1493,7 +1508,7 @@ class Ledger:
         """What the containers last said of themselves."""
         for task, report in reports:
             if isinstance(report, dict):
-                self.containers[task] = [report["began"], report["seen"]]
+                self.containers[task] = report["up"]
                 for shard, counts in report["shards"].items():
                     if shard not in self.ended:
                         self.now[shard] = counts
@@ -1504,7 +1519,9 @@ class Ledger:
             name: sum(counts[name] for counts in counted)
             for name in ("rows", "failed", "tokens_in", "tokens_out")
         }
-        seconds = sum(seen - began for began, seen in self.containers.values())
+        up = self.containers.values()
+        seconds = sum(seen - began for began, seen, *_ in up)
+        working = sum(seen - ready for _, seen, ready, *_ in up)
         return {
             "rows": self.rows,
             "done": total["rows"] - total["failed"],
@@ -1514,10 +1531,13 @@ class Ledger:
             "shards": self.shards,
             "shards_ended": len(self.ended),
             "containers": sum(
-                time.time() - seen < 3 * SAVE_SECONDS + 10
-                for _, seen in self.containers.values()
+                time.time() - seen < 3 * SAVE_SECONDS + 10 for _, seen, *_ in up
             ),
+            "containers_started": len(up),
             "container_seconds": round(seconds, 1),
+            "working_seconds": round(working, 1),
+            "busy_seconds": round(sum(busy for *_, busy, _ in up), 3),
+            "busy_rows": round(sum(rows for *_, rows in up)),
             "usd": None
             if USD_PER_SECOND is None
             else round(seconds * USD_PER_SECOND, 6),
@@ -1561,6 +1581,9 @@ class Driver:
                     break  # what cannot be written may keep the calls, too
         finally:
             watcher.cancel()
+        # What they said last: figures, and no rows.
+        with contextlib.suppress(Exception):
+            await self.hear()
         if self.state == "running" and todo:
             # A call may take a day: the next goes on.
             await drive.spawn.aio(self.run, self.retry_failed)
@@ -1659,7 +1682,7 @@ class Driver:
         """Every other second: hear the containers, say how far it is, and whether to stop."""
         while True:
             try:
-                self.ledger.heard([item async for item in live.items.aio()])
+                await self.hear()
                 self.stop_if_told(await self.tell())
             except Exception as error:  # noqa: BLE001
                 self.failed_to_write(error)
@@ -1670,6 +1693,9 @@ class Driver:
                 with contextlib.suppress(Exception):  # next time
                     await live.put.aio("stop", self.run)
             await asyncio.sleep(SAVE_SECONDS)
+
+    async def hear(self) -> None:
+        self.ledger.heard([item async for item in live.items.aio()])
 
     def stop_if_told(self, figures: dict[str, Any]) -> None:
         stop = DATA / "control" / "stop"

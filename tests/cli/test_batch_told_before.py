@@ -1,0 +1,121 @@
+"""What `gpuctl batch` tells before anything starts."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import FakeRunner
+from gpuctl.__main__ import main
+from gpuctl.modal_cli import Completed
+
+
+@pytest.fixture(autouse=True)
+def _nobody_to_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a network call")
+
+    monkeypatch.delenv("GPUCTL_TARGET", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for variable in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "HF_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(*texts: str, name: str = "rows.jsonl") -> str:
+    Path(name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return name
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    assert main(["batch", *words, "-o", "out.jsonl", "--dry-run"]) == code
+    return capsys.readouterr().err
+
+
+ASK = ("--prompt", "{text}", "--gpu", "T4")
+
+
+def test_tokens_time_and_cost_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    err = told(capsys, "tiny", rows(*["badu gomi"] * 30), *ASK, "--max-tokens", "20")
+    assert "in (all of the 30 rows tokenised), 30 to 600 out\n" in err
+    assert "\ntime: 40 s to 3 min on one T4; cost: $0.0066 to $0.0" in err
+    assert "--max-tokens N" not in err
+
+
+def test_answers_without_an_end_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    err = told(capsys, "tiny", rows("badu"), *ASK)
+    assert "out, as the context has room for no more" in err
+    assert "note: --max-tokens N says how long an answer may be" in err
+
+
+def test_a_model_whose_tokenizer_is_not_here_is_counted_by_letters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    err = told(
+        capsys, "qwen3", rows("Hello there"), "--prompt", "{text}", "--gpu", "L40S", "--max-tokens", "9"
+    )
+    assert (
+        "from the number of letters, because Qwen/Qwen3-8B has no tokenizer in the cache, and nobody was asked"
+        in err
+    )
+
+
+def test_a_cap_that_does_not_do_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("tiny", rows(*["badu"] * 30), *ASK, "--max-tokens", "20", "--max-cost")
+    assert "--max-cost: $0.01 may be spent before all rows are answered" in told(capsys, *words, "0.01")
+    assert "warning: --max-cost" not in told(capsys, *words, "5")
+
+
+def test_rows_without_room_are_warned_of_and_nothing_starts_where_all_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long = "badu " * 3000
+    err = told(capsys, "tiny", rows("badu", long), *ASK, "--max-tokens", "20")
+    assert (
+        "warning: 1 of the 2 rows has no room in the context of 2,048 tokens (the longest question has 3,0"
+        in err
+    )
+    err = told(capsys, "tiny", rows(long, long), *ASK, "--max-tokens", "20", code=2)
+    assert "error: INPUT: 2 of the 2 rows have no room in the context of 2,048 tokens" in err
+
+
+def test_an_input_of_bad_rows_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {}}
+    Path("bad.jsonl").write_text(2 * (json.dumps(line) + "\n"))
+    err = told(capsys, "tiny", "bad.jsonl", code=2)
+    assert "error: INPUT: bad.jsonl: none of its 2 rows can be answered" in err
+    assert "invalid_request: " in err
+
+
+def test_a_function_is_not_guessed_at(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("work.py").write_text("def process(row):\n    return row\n")
+    err = told(capsys, "work.py:process", rows("a"))
+    assert "time: nobody knows how long a function takes; --limit 100 does 100 rows for a taste" in err
+
+
+def test_it_is_told_before_anybody_is_asked_and_what_was_made_is_taken_away(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-1")
+    monkeypatch.setenv("MODAL_TOKEN_SECRET", "as-1")
+    done: Any = Completed(0, "{}", "")
+    runner = FakeRunner(
+        {
+            "volume create": done,
+            "volume delete": done,
+            "dict delete": done,
+            "billing rates": Completed(1, "", "no"),
+            "app list": Completed(0, "[]", ""),
+        }
+    )
+    argv = ["batch", "tiny", rows("badu"), *ASK, "--max-tokens", "20", "-o", "out.jsonl"]
+    assert main(argv, runner=runner) == 2
+    err = capsys.readouterr().err
+    assert err.index("cost: $0.00") < err.index("--yes: needed to start a job on Modal")
+    assert ["volume", "delete"] in [call[:2] for call in runner.calls]
+    assert "deploy" not in [call[0] for call in runner.calls]
