@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent for path in GOLDEN.glob("*/command.txt"))
 SERVED = [case for case in CASES if not case.name.startswith("batch-")]
-BATCHES = [case for case in CASES if case.name.startswith("batch-")]
+# Buckets are refused by name: test_batch_remote.py.
+BATCHES = [case for case in CASES if case.name.startswith("batch-") and case.name != "batch-s3"]
 INSTALLS = re.compile(
-    r"^    \.(?:uv_pip_install|pip_install|apt_install|run_commands)\(.*?\)\n(?=    \.)", re.M | re.S
+    r"^    \.(?:uv_pip_install|pip_install|apt_install|run_commands)\(.*?\)\n(?=    \.)"
+    r"|(?<=\))\.pip_install\(.*?\)$",
+    re.M | re.S,
 )
 
 
@@ -71,6 +74,8 @@ def test_modal_deploys_a_job(case: Path, plane: TestPlane, tmp_path: Path) -> No
     file = tmp_path / "job.py"
     source = re.sub(r"^APP_NAME = .*$", f'APP_NAME = "{name}"', source, flags=re.M)
     file.write_text(source.replace("/home/ann/gpuctl", str(GOLDEN.parents[1])), encoding="utf-8")
+    for volume in re.findall(r'Volume\.from_name\("([^"]+)"\)', source):  # one that must be there
+        plane.modal("volume", "create", volume)
     deployed = plane.modal("deploy", str(file), HF_TOKEN="of-this-test").stdout
     assert "App deployed" in deployed
     assert name in [row["name"] for row in plane.json("volume", "list")]
