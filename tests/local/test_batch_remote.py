@@ -45,6 +45,7 @@ def got(batch: Batch, volume: str, path: str) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_rows_of_a_volume_become_answers_in_another(batch: Batch) -> None:
     with (batch.folder / batch.rows(120)).open("a") as file:
         file.write("oops\n")
