@@ -15,7 +15,8 @@ import secrets
 import shutil
 import time
 import urllib.parse
-from typing import TYPE_CHECKING, Any, BinaryIO
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from aiohttp import web
 from modal_proto import api_pb2
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gpuctl.local.uploads import Uploads
+    from gpuctl.local.uploads import BlockWriter, Uploads
+
+    _Result = TypeVar("_Result")
 
 _CHUNK = 1 << 20
+_LARGE = 1 << 20  # a block of this size is worth looking for on this machine
 _KEEP_SECONDS = 8 * 86400.0  # a day longer than the calls that name them
 _HEX = frozenset("0123456789abcdef")
 
@@ -50,6 +54,8 @@ class Blobs:
         self.port = 0
         self._readers: dict[str, Callable[[str, int], tuple[Path, int, int]]] = {}
         self._uploads: Uploads | None = None
+        # Threads of its own: hundreds of blocks may come at once, and what else blocks in the plane is not to wait.
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "blobs")
         for directory in (self._files, self._blobs):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -65,6 +71,7 @@ class Blobs:
     async def stop(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- files by their SHA-256
 
@@ -184,7 +191,7 @@ class Blobs:
         try:
             with part.open("wb") as file:
                 async for data in request.content.iter_chunked(_CHUNK):
-                    await asyncio.to_thread(_keep, data, file, md5)
+                    await self._in_thread(_keep, data, file, md5)
             part.replace(path)
         except OSError as error:
             return web.Response(status=507, text=f"could not be kept: {error}\n")
@@ -194,16 +201,20 @@ class Blobs:
 
     async def _receive_block(
         self, request: web.BaseRequest, upload: str, index: str, sha256_hex: str
-    ) -> web.Response:
+    ) -> web.StreamResponse:
         """Take a block in; the body of the answer is its name, by which the client refers to it."""
         assert self._uploads is not None
         writer = self._uploads.writer(upload, int(index))
         if writer is None:
             return web.Response(status=410, text="this upload is over\n")
+        name = self._uploads.name_of(upload, int(index))
+        answer = web.Response(body=name)
         try:
+            if self._uploads.has(name) or await self._take_unsent(request, writer, sha256_hex):
+                return await _answer_early(request, answer)
             async for data in request.content.iter_chunked(_CHUNK):
-                await asyncio.to_thread(writer.add, data)
-            if not writer.commit(sha256_hex):
+                await self._in_thread(writer.add, data)
+            if not await self._in_thread(writer.commit, sha256_hex):
                 return web.Response(
                     status=400, text="the data does not have the SHA-256 that was given for it\n"
                 )
@@ -213,12 +224,37 @@ class Blobs:
             return web.Response(status=507, text=f"could not be kept: {error}\n")
         finally:
             writer.close()
-        return web.Response(body=self._uploads.name_of(upload, int(index)))
+        return answer
+
+    async def _take_unsent(self, request: web.BaseRequest, writer: BlockWriter, sha256_hex: str) -> bool:
+        """Whether a large block could be read from the file that its sender has open on this machine."""
+        length, transport = request.content_length or 0, request.transport
+        if length < _LARGE or transport is None:
+            return False
+        peer = transport.get_extra_info("peername")
+        transport.pause_reading()  # what is not read, the client does not go on to send
+        try:
+            return await self._in_thread(writer.take, peer[:2], self.port, length, sha256_hex)
+        finally:
+            transport.resume_reading()
+
+    async def _in_thread(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
 
 def _keep(data: bytes, file: BinaryIO, digest: hashlib._Hash) -> None:
     file.write(data)
     digest.update(data)
+
+
+async def _answer_early(request: web.BaseRequest, answer: web.Response) -> web.Response:
+    """Answer, and read what still comes of the body: the answer could get lost if that were refused."""
+    await answer.prepare(request)
+    await answer.write_eof()
+    with contextlib.suppress(Exception):  # the client has stopped sending, as it may
+        while await request.content.readany():
+            pass
+    return answer
 
 
 async def _send(request: web.BaseRequest, path: Path, start: int, length: int) -> web.StreamResponse:

@@ -200,7 +200,7 @@ class Volumes:
 
     # ---- their files
 
-    @rpc("VolumePutFiles2")
+    @rpc("VolumePutFiles2", differs="what the client has in a file of this machine it need not send")
     async def put_files(self, request: Any, call: Call) -> Any:
         """Called twice: the first answer names the blocks that are missing; the client sends those and asks again."""
         targets = self._targets(request)
@@ -212,7 +212,7 @@ class Volumes:
                 if block.contents_sha256 not in asked and not self._uploads.has(block.put_response):
                     asked.add(block.contents_sha256)
                     absent.append(number)
-            upload = self._uploads.begin() if absent else ""
+            upload = self._uploads.begin(file.size) if absent else ""
             for number in absent:
                 sha256 = file.blocks[number].contents_sha256.hex()
                 url = self._blobs.url(f"/block/{upload}/{number}/{sha256}", call)
