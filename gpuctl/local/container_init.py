@@ -105,6 +105,9 @@ def make_mounts(mounts: Sequence[dict[str, str]], root: str) -> None:
             mount("proc", target, "proc", MS_NOSUID | MS_NODEV | 8)
         elif kind == "dev":
             make_devices(target)
+        elif kind == "overlay":
+            os.makedirs(target, exist_ok=True)
+            mount("overlay", target, "overlay", MS_NOSUID | MS_NODEV, source)
         elif kind == "dir":
             os.makedirs(target, exist_ok=True)
     os.chdir(root)

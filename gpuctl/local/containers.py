@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from gpuctl.errors import GpuctlError
 from gpuctl.local import sandbox
 from gpuctl.local.egress import EgressProxy
-from gpuctl.local.image_trees import CLIENT_PATH, IMAGE_PATH, follow, follow_in, place_in, tops
+from gpuctl.local.image_trees import CLIENT_PATH, IMAGE_PATH, follow, follow_in, place_in, remove_tree, tops
+from gpuctl.local.overlays import Overlays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -179,7 +180,7 @@ class ContainerRuntime:
 
     `hide` are folders of this machine that no container may see, beside the home and the folder of `run_dir`.
     `http_port` is the plane's own port for blobs on this machine's loopback, which containers reach by the egress
-    proxy.
+    proxy. `overlays` make containers' roots; without them it keeps some of its own.
 
     `on_log(task id, file descriptor, text)` gets the output, 1 for standard output and 2 for standard error, in whole
     lines, "\\n" included, where their end comes soon. Raises GpuctlError where no sandbox works, saying what to
@@ -194,11 +195,13 @@ class ContainerRuntime:
         on_log: Callable[[str, int, str], None],
         hide: tuple[Path, ...] = (),
         http_port: int = 0,
+        overlays: Overlays | None = None,
     ) -> None:
         self.backend = sandbox.find_backend()
         self._run_dir = run_dir
         self._sockets = sockets
         self._hide = (Path.home(), run_dir.parent, *hide)
+        self._overlays = overlays or Overlays(run_dir.parent / "host", hide=self._hide)
         self._http_port = http_port
         self._on_log = on_log
         self._egress: dict[bool, EgressProxy] = {}  # by whether it leads to the plane alone
@@ -208,13 +211,13 @@ class ContainerRuntime:
     async def start(self, spec: ContainerSpec) -> Container:
         """Start a container; returns once its program runs. Raises GpuctlError when its sandbox cannot be made."""
         folder = self._run_dir / spec.task_id
-        for name in ("tmp", "root"):
-            (folder / name).mkdir(parents=True, mode=0o700)
+        folder.mkdir(mode=0o700)
         sockets = self._sockets / spec.task_id
         sockets.mkdir(mode=0o700)
         (folder / "arguments.bin").write_bytes(spec.arguments)
 
-        filesystem = await asyncio.to_thread(self._filesystem, spec, folder, sockets)
+        overlaid = await self._overlaid(spec)
+        filesystem = await asyncio.to_thread(self._filesystem, spec, folder, sockets, overlaid)
         own_network = spec.isolated_network or spec.block_network
         program = sandbox.Program(
             argv=spec.argv,
@@ -254,7 +257,7 @@ class ContainerRuntime:
                 # The id may belong to somebody else by now: only what was started for this folder is ended.
                 if str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
 
     async def _watch(
         self,
@@ -293,31 +296,58 @@ class ContainerRuntime:
         if pending:
             self._on_log(task_id, fd, pending.decode(errors="replace") + "\n")
 
-    def _filesystem(self, spec: ContainerSpec, folder: Path, sockets: Path) -> sandbox.Filesystem:
-        filesystem = sandbox.Filesystem(hide=self._hide, gpus=spec.gpus, root=spec.build_root)
-        building = spec.build_root is not None
-        home = spec.image.tree / "home" if building else folder / "root"
-        filesystem.bind(folder / "tmp", "/tmp", read_only=False)
-        filesystem.bind(home, "/root", read_only=False)
+    async def _overlaid(self, spec: ContainerSpec) -> bool:
+        if spec.build_root is not None:  # the build has decided
+            return (spec.build_root / "upper").is_dir()
+        return await self._overlays.carry(spec.image.tree)
+
+    def _filesystem(
+        self, spec: ContainerSpec, folder: Path, sockets: Path, overlaid: bool
+    ) -> sandbox.Filesystem:
+        filesystem: sandbox.Filesystem
+        if overlaid:
+            at = spec.build_root or folder
+            filesystem = self._overlays.root(at, spec.image.tree, self._hide, spec.gpus)
+            places: list[tuple[Path, str]] = []
+        else:
+            filesystem = sandbox.Filesystem(hide=self._hide, gpus=spec.gpus, root=spec.build_root)
+            places = self._lay_out(spec, folder, filesystem)
         for interpreter in sandbox.interpreter_folders(spec.image.base_python):
             filesystem.show(interpreter)
-        filesystem.bind(spec.image.tree, IMAGE_PATH, read_only=not building)
         filesystem.bind(spec.image.client, CLIENT_PATH, read_only=True)
-        places = self._place_build_files(spec, folder) if building else self._place_files(spec, folder)
-        for path, source in [] if building else spec.image.large.items():
-            filesystem.bind(source, path, read_only=True)
-        for source, target in places:
-            filesystem.place(source, target)  # the container's own copies
         for volume in spec.volumes:
             for source, target in places:
                 if volume.path.startswith(target + "/"):
                     (source / os.path.relpath(volume.path, target)).mkdir(parents=True, exist_ok=True)
             filesystem.bind(volume.host, volume.path, read_only=volume.read_only)
+        for file in spec.files if overlaid else ():
+            filesystem.place(file.host, file.path)
         filesystem.bind(spec.server_socket, _PLANE_SOCKET, read_only=False)
         filesystem.bind(folder / "arguments.bin", _ARGUMENTS, read_only=True)
         filesystem.bind(sockets, "/run/modal/sockets", read_only=False)
         filesystem.directory(spec.workdir)
         return filesystem
+
+    def _lay_out(
+        self, spec: ContainerSpec, folder: Path, filesystem: sandbox.Filesystem
+    ) -> list[tuple[Path, str]]:
+        """Where no overlays are made: the image's and the client's files, those that can be written to as copies.
+
+        Returns (path on this machine, path in the container) of what was bound.
+        """
+        for name in ("tmp", "root"):
+            (folder / name).mkdir(mode=0o700)
+        building = spec.build_root is not None
+        home = spec.image.tree / "home" if building else folder / "root"
+        filesystem.bind(folder / "tmp", "/tmp", read_only=False)
+        filesystem.bind(home, "/root", read_only=False)
+        filesystem.bind(spec.image.tree, IMAGE_PATH, read_only=not building)
+        places = self._place_build_files(spec, folder) if building else self._place_files(spec, folder)
+        for path, source in [] if building else spec.image.large.items():
+            filesystem.bind(source, path, read_only=True)
+        for source, target in places:
+            filesystem.place(source, target)  # the container's own copies
+        return places
 
     def _place_files(self, spec: ContainerSpec, folder: Path) -> list[tuple[Path, str]]:
         """Lay out the image's and the client's files: those under /root and /tmp in place, the others to be bound.
@@ -417,4 +447,4 @@ class ContainerRuntime:
 
     def _remove(self, folder: Path, sockets: Path) -> None:
         shutil.rmtree(sockets, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)

@@ -232,6 +232,7 @@ class ControlPlane:
         from gpuctl.local.ledger import Ledger
         from gpuctl.local.logs import Logs
         from gpuctl.local.mounts import Mounts
+        from gpuctl.local.overlays import Overlays
         from gpuctl.local.proxy_tokens import ProxyTokens
         from gpuctl.local.queues import Queues
         from gpuctl.local.schedules import Schedules
@@ -262,7 +263,9 @@ class ControlPlane:
         self._dicts = Dicts(self._items, self._environments)
         self._queues = Queues(self._items, self._environments)
         self._proxy_tokens = ProxyTokens(store, self._environments)
-        self._images = Images(ImageStore(cache_dir, hide=(state_dir,)), self._mounts, self._secrets)
+        self._overlays = Overlays(state_dir / "host", hide=(Path.home(), state_dir, cache_dir))
+        images = ImageStore(cache_dir, hide=(state_dir,), overlays=self._overlays)
+        self._images = Images(images, self._mounts, self._secrets)
         self._servers = Servers(store, self._environments, self._logs, self._proxy_tokens, listeners)
         gpus = Gpus(cards())
         self._functions = Functions(
@@ -377,6 +380,7 @@ class ControlPlane:
             on_log=self._tasks.on_log,
             hide=(self._state_dir, self._cache_dir),
             http_port=self._blobs.port,
+            overlays=self._overlays,
         )
         self._runtime.sweep()
 
@@ -393,6 +397,8 @@ class ControlPlane:
         self._tasks.attach(self._runtime, path)
         await self._apps.resume()
         self._watches = [asyncio.create_task(work) for work in (self._apps.watch_clients(), self._sweep())]
+        # The first container need not wait for it.
+        self._preparing = asyncio.create_task(self._overlays.prepare())
 
     async def _sweep(self) -> None:
         """Remove what has expired, now and then. Runs for ever."""

@@ -6,6 +6,7 @@ is in /root). A layer starts as a copy of its parent's tree made of hard links, 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -109,6 +110,22 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it, also what its owner has closed, as the kernel does an overlay's own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not os.path.lexists(folder):
+        return
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
+    for at, names, _ in os.walk(folder):
+        for name in names:
+            inside = os.path.join(at, name)
+            if not os.path.islink(inside):
+                with contextlib.suppress(OSError):
+                    os.chmod(inside, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def break_links(tree: Path) -> None:

@@ -29,8 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
+from gpuctl.local.image_trees import remove_tree
 from gpuctl.local.installers import ImageBuildError, Log, pip_for, run
 from gpuctl.local.layers import BuiltImage, Layer, LayerBuild, RunFunction
+from gpuctl.local.overlays import Overlays
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -43,18 +45,22 @@ class ImageStore:
     """Builds images and finds those that are built already, by this plane or an earlier one.
 
     `hide` are folders of this machine that the commands of a build may not see, beside the home and the cache.
+    `overlays` make the roots of builds; without them it keeps some of its own.
     """
 
-    def __init__(self, cache_dir: Path, *, hide: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self, cache_dir: Path, *, hide: tuple[Path, ...] = (), overlays: Overlays | None = None
+    ) -> None:
         # What the commands of a build may not see: secrets, other images.
         self.hide = (Path.home(), cache_dir.absolute(), *hide)
+        self.overlays = overlays or Overlays(cache_dir.absolute() / "host", hide=self.hide)
         self._images = cache_dir.absolute() / "images"
         self._clients = cache_dir.absolute() / "clients"
         for folder in (self._images, self._clients):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for old in self._images.glob(f"{_OLD}*"):
             if time.time() - old.stat().st_ctime > _OLD_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_tree(old)
 
     def image_id(self, image: api_pb2.Image, builder_version: str, context: str = "") -> str:
         """The image's id, by content: its own definition, its parents' ids, and `context` (a digest of its files)."""
@@ -95,7 +101,7 @@ class ImageStore:
                 aside = self._images / f"{_OLD}{os.urandom(8).hex()}"
                 if (folder / "image.json").exists():  # containers may run from it: a later plane removes it
                     folder.rename(aside)
-                await asyncio.to_thread(shutil.rmtree, folder, True)
+                await asyncio.to_thread(remove_tree, folder)
                 folder.mkdir(mode=0o700)
                 try:
                     layer = await LayerBuild(
@@ -109,9 +115,12 @@ class ImageStore:
                         python_hint,
                         run_function,
                     ).run()
-                    _write_json(folder / "image.json", asdict(layer))
+                    document = asdict(layer)
+                    if not layer.overlaid:
+                        del document["overlaid"]  # an older gpuctl can use it, too
+                    _write_json(folder / "image.json", document)
                 except BaseException as error:
-                    await asyncio.to_thread(shutil.rmtree, folder, True)
+                    await asyncio.to_thread(remove_tree, folder)
                     if (aside / "image.json").exists():  # what apps that are deployed go on with
                         aside.rename(folder)
                     if isinstance(error, OSError):
@@ -129,6 +138,8 @@ class ImageStore:
             layer = Layer(**json.loads((self._images / image_id / "image.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
+        if layer.overlaid and self.overlays.problem:
+            return None  # what it removed of this machine's cannot be left out
         # The interpreter may have been removed or upgraded since; then the environment is of no use.
         return layer if Path(layer.tree).is_dir() and Path(layer.base_python).exists() else None
 

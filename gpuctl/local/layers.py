@@ -24,12 +24,13 @@ from gpuctl.local.image_trees import (
     CLIENT_PATH,
     IMAGE_PATH,
     break_links,
-    follow_in,
+    follow,
     is_large,
     keep_tops,
     link_tree,
     place_in,
     relocate_scripts,
+    remove_tree,
     tops,
 )
 from gpuctl.local.installers import (
@@ -41,6 +42,7 @@ from gpuctl.local.installers import (
     run,
     without_unreachable_indexes,
 )
+from gpuctl.local.overlays import make_folder
 
 if TYPE_CHECKING:
     from modal_proto import api_pb2
@@ -52,7 +54,7 @@ RunFunction = Callable[["BuiltImage", Path, Log], Awaitable[None]]  # with the r
 _PATH = f"{IMAGE_PATH}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _READ_ONLY_HINT = (
     ": here a build can write to /root, /tmp, /home, /mnt, /srv, the Python environment, what add_local_… copied and "
-    "new folders at the top; the rest is this machine's own system, read-only"
+    "new folders at the top; the rest is this machine's own system, read-only, because overlayfs does not mount: "
 )
 
 
@@ -116,6 +118,7 @@ class Layer:
     entrypoint: list[str] = field(default_factory=list)
     shell: list[str] = field(default_factory=lambda: ["/bin/sh", "-c"])
     warnings: list[str] = field(default_factory=list)
+    overlaid: bool = False  # whether commands of it wrote to an overlay
 
 
 class LayerBuild:
@@ -292,12 +295,17 @@ class LayerBuild:
     def _on_disk(self, path: str) -> Path:
         """Where in the tree a file of the image is; what is copied to /tmp is there for the commands of builds."""
         tree = self._tree()
-        path = follow_in(tree, path)
+
+        def found(inside: str) -> Path:
+            place = place_in(tree, inside) or tree / "files" / inside.lstrip("/")
+            return Path(inside) if sandbox.on_host(inside) and not os.path.lexists(place) else place
+
+        path = follow(path, found)
         return place_in(tree, path) or tree / "files" / path.lstrip("/")
 
     def _place(self, host: Path, target: str) -> None:
         place = self._on_disk(target)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         place.unlink(missing_ok=True)  # it may be a hard link to the parent's
         shutil.copyfile(host, place)
 
@@ -390,44 +398,62 @@ class LayerBuild:
         """`Image.run_function`: as a shell command, but that a container of Modal's own runtime does it."""
         if self._run_function is None:
             raise ImageBuildError("run_function: its function was not sent")
-        tree = await self._writable_tree()
-        root = self._folder / "root"
-        root.mkdir(exist_ok=True)
+        root = await self._make_root()
         await self._store.ensure_client(self._layer, self._log)
         try:
             await self._run_function(self._store.built(self._layer), root, self._log)
-            keep_tops(root, tree / "files")
+            await self._keep(root)
         finally:
-            shutil.rmtree(root, ignore_errors=True)
+            await asyncio.to_thread(remove_tree, root)
 
-    async def _writable_tree(self) -> Path:
-        """This layer's tree, for a program that may change it in place: the parent's must not change with it."""
-        tree = self._tree()
+    async def _make_root(self) -> Path:
+        """A folder for what a program of the build writes; `upper` is in it where overlays are made.
+
+        Without them the program changes this layer's tree in place: the parent's must not change with it.
+        """
+        tree, root = self._tree(), self._folder / "root"
         for name in ("home", "files"):
             (tree / name).mkdir(exist_ok=True)
-        await asyncio.to_thread(break_links, tree)
-        return tree
+        if await self._store.overlays.carry(tree):
+            (root / "upper").mkdir(parents=True)
+        else:
+            root.mkdir()
+            await asyncio.to_thread(break_links, tree)
+        return root
+
+    async def _keep(self, root: Path) -> None:
+        """What was written becomes the layer's."""
+        tree = self._tree()
+        if (root / "upper").is_dir():
+            self._layer.overlaid = True
+            await asyncio.to_thread(self._store.overlays.merge, root, tree)
+        else:
+            keep_tops(root, tree / "files")
 
     async def _shell(self, command: str) -> None:
         """A shell command in a sandbox.
 
-        It may change the environment, /root, the copied files, and make folders at the top; nothing else.
+        Where no overlays are made, it may change the environment, /root, the copied files, and make folders at the
+        top; nothing else.
         """
         if re.search(r"(?:^|[\s;&|(])uv\s", command) and not (self._tree() / "venv" / "bin" / "uv").exists():
             await self._install(["install", "--quiet", "uv"])  # Modal's base images have it
-        tree = await self._writable_tree()
-        root = self._folder / "root"
-        root.mkdir(exist_ok=True)
-        filesystem = sandbox.Filesystem(hide=self._hide, root=root)
-        filesystem.bind(tree / "home", "/root", read_only=False)
+        tree, root = self._tree(), await self._make_root()
+        scratch = self._folder / "scratch"
+        scratch.mkdir()
+        filesystem: sandbox.Filesystem
+        if (root / "upper").is_dir():
+            filesystem = self._store.overlays.root(root, tree, self._hide, None)
+        else:
+            filesystem = sandbox.Filesystem(hide=self._hide, root=root)
+            filesystem.bind(tree / "home", "/root", read_only=False)
+            filesystem.bind(tree, IMAGE_PATH, read_only=False)
+            (scratch / "tmp").mkdir()
+            filesystem.bind(scratch / "tmp", "/tmp", read_only=False)
+            for source, target in tops(tree / "files"):
+                filesystem.place(source, target)
         for folder in sandbox.interpreter_folders(self._layer.base_python):
             filesystem.show(folder)
-        filesystem.bind(tree, IMAGE_PATH, read_only=False)
-        scratch = self._folder / "scratch"
-        (scratch / "tmp").mkdir(parents=True)
-        filesystem.bind(scratch / "tmp", "/tmp", read_only=False)
-        for source, target in tops(tree / "files"):
-            filesystem.place(source, target)
         installer = {
             name: value
             for name, value in os.environ.items()
@@ -458,13 +484,14 @@ class LayerBuild:
                     reason = rest
             await launched.process.wait()
             if code == 0:
-                keep_tops(root, tree / "files")
+                await self._keep(root)
         finally:
             launched.writer.close()  # whatever happened, nothing of it runs on
-            shutil.rmtree(scratch, ignore_errors=True)
-            shutil.rmtree(root, ignore_errors=True)
+            for made in (scratch, root):
+                await asyncio.to_thread(remove_tree, made)
         if code != 0:
-            hint = _READ_ONLY_HINT if os.strerror(errno.EROFS) in tail + reason else ""
+            problem = self._store.overlays.problem
+            hint = _READ_ONLY_HINT + problem if problem and os.strerror(errno.EROFS) in tail + reason else ""
             raise ImageBuildError(f"RUN {command} ended with {reason or f'exit code {code}'}{hint}")
 
     def _warn(self, text: str) -> None:

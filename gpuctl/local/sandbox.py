@@ -1,8 +1,8 @@
 """What a container sees of this machine, as a list of mounts; and how to enter it. Imports gpuctl.errors only.
 
 A container's root is the host's, read-only, with its own writable places on top: `/tmp`, `/root`, its Volumes at
-the paths that the app names. The user's home, the plane's state and other containers are not there at all. No
-privilege and no daemon is needed: a user namespace is enough.
+the paths that the app names (`overlays` makes all of it writable, where the kernel can). The user's home, the plane's
+state and other containers are not there at all. No privilege and no daemon is needed: a user namespace is enough.
 
 `Filesystem` decides the mounts, in order, as plain data. Two back ends make them: bubblewrap, and util-linux's
 `unshare` with our own `container_init` doing the mounting. Both then run `container_init` as process 1.
@@ -46,7 +46,7 @@ _CERTIFICATES = (
 INIT = Path(__file__).with_name("container_init.py")
 
 # Top-level places of the host that a container never sees; some are replaced by the container's own.
-_HIDDEN = (
+HIDDEN = (
     "/boot",
     "/dev",
     "/home",
@@ -66,7 +66,9 @@ _GPU_DEVICES = ("nvidia", "dri")
 
 @dataclass(frozen=True)
 class Mount:
-    """One step: `kind` is tmpfs, bind, ro_bind, symlink, proc, dev or dir; `source` is unused for some."""
+    """One step: `kind` is tmpfs, bind, ro_bind, symlink, proc, dev, dir or overlay; `source` is unused for some, and
+    the options of an overlay.
+    """
 
     kind: str
     target: str
@@ -92,8 +94,11 @@ class Filesystem:
     def __post_init__(self) -> None:
         real = (Path(os.path.realpath(hidden)) for hidden in self.hide)
         self.hide = tuple(folder for folder in dict.fromkeys(real) if folder != Path("/"))  # HOME=/ happens
+        self._make_base()
+
+    def _make_base(self) -> None:
         self._base.append(Mount("bind", "/", str(self.root)) if self.root else Mount("tmpfs", "/"))
-        self._base += self._children("/", skip=_HIDDEN)
+        self._base += self._children("/", skip=HIDDEN)
         for place in OWN_PLACES:
             self._base.append(Mount("dir" if self.root else "tmpfs", place))
         self._base.append(Mount("tmpfs", "/run"))
@@ -101,7 +106,8 @@ class Filesystem:
             self._base.append(Mount("tmpfs", "/var/tmp"))
         self._base.append(Mount("proc", "/proc"))
         self._devices()
-        self._resolver()
+        if resolver := self._resolver():
+            self._base.append(Mount("ro_bind", resolver, resolver))
 
     @property
     def mounts(self) -> list[Mount]:
@@ -160,11 +166,10 @@ class Filesystem:
         number = device.removeprefix("nvidia")
         return int(number) in self.gpus if number.isdecimal() else bool(self.gpus)
 
-    def _resolver(self) -> None:
+    def _resolver(self) -> str:
         # systemd-resolved keeps the real file under /run, which is hidden; without it no name resolves.
         real = os.path.realpath("/etc/resolv.conf")
-        if real.startswith("/run/") and os.path.isfile(real):
-            self._base.append(Mount("ro_bind", real, real))
+        return real if real.startswith("/run/") and os.path.isfile(real) else ""
 
     def _children(self, directory: str, *, skip: tuple[str, ...] = ()) -> list[Mount]:
         """Each entry of a host folder at its own path; what is hidden below it stays so."""
@@ -185,7 +190,7 @@ class Filesystem:
 
     def _visible(self, path: str) -> bool:
         """Whether `path` shows the host's own (read-only) content, rather than something of the container's."""
-        return not _within(path, (*_HIDDEN, *map(str, self.hide)))
+        return not _within(path, (*HIDDEN, *map(str, self.hide)))
 
     def _real(self, target: str) -> str:
         """`target` without the host's links in it: a mount upon one would land wherever it leads on the host."""
@@ -222,7 +227,7 @@ class Filesystem:
 
 def on_host(path: str) -> bool:
     """Whether containers find there what this machine has."""
-    return os.path.lexists(path) and not _within(path, _HIDDEN)
+    return os.path.lexists(path) and not _within(path, HIDDEN)
 
 
 def _within(path: str, places: tuple[str, ...]) -> bool:
@@ -314,7 +319,8 @@ async def launch(
 
     The first line to read says whether it started. Output is piped, stderr into stdout with `merge_stderr`.
     """
-    backend = find_backend()
+    overlaid = any(mount.kind == "overlay" for mount in filesystem.mounts)  # which few a bubblewrap can make
+    backend = "unshare" if overlaid else find_backend()
     new_root = folder / "new_root"
     new_root.mkdir(exist_ok=True)
     plan = plan_seen = folder / "plan.json"

@@ -25,6 +25,7 @@ from gpuctl.local.image_rpcs import Images
 from gpuctl.local.images import ImageStore
 from gpuctl.local.installers import ImageBuildError, find_python, interpreter_behind
 from gpuctl.local.layers import BuiltImage
+from gpuctl.local.overlays import Overlays
 from gpuctl.local.wire import Call
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -45,6 +46,18 @@ def build(store: ImageStore, commands: list[str], base: str = "", **files: Path)
     context = {f"/{name}": path for name, path in files.items()}
     built = asyncio.run(store.build(image_id, image, context_files=context, secret_env={}, log=lines.append))
     return built, "".join(lines)
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch, store: ImageStore) -> None:
+    """As where overlayfs does not mount."""
+
+    async def prepare(overlays: Overlays) -> bool:
+        overlays.problem = "mount overlay at /: Operation not permitted"
+        return False
+
+    monkeypatch.setattr(Overlays, "prepare", prepare)
+    monkeypatch.setattr(store.overlays, "problem", "")
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +240,10 @@ def test_what_a_container_cannot_see_or_change(image: BuiltImage, tmp_path: Path
             f"""
             import os
             print([os.path.exists(p) for p in ({str(secret)!r}, {str(mine)!r})])
-            for path in ("/usr/x", "/etc/x"):
-                try: open(path, "w")
-                except OSError as error: print(error.strerror)
-            print(os.listdir("/tmp"), os.getpid() < 10, len([p for p in os.listdir("/proc") if p.isdigit()]) < 5)
+            for path in ("/usr/x", "/etc/passwd", "/opt/x"):
+                open(path, "w").write("its own")
+            print(*map(os.listdir, ("/tmp", "/var/tmp", "/home")))
+            print(os.getpid() < 10, len([p for p in os.listdir("/proc") if p.isdigit()]) < 5)
             print(sorted(k for k in os.environ if "TOKEN" in k or "SECRET" in k))
             # Nor can it take away what hides, or make writable what it sees: not even in namespaces of its own.
             import ctypes, errno
@@ -240,8 +253,8 @@ def test_what_a_container_cannot_see_or_change(image: BuiltImage, tmp_path: Path
                 if again:
                     print(libc.unshare(CLONE_NEWUSER_NEWNS))
                 for call in (
-                    lambda: libc.umount2(b"/home", 2),
-                    lambda: libc.mount(None, b"/etc", None, ctypes.c_ulong(MS_REMOUNT_BIND), None),
+                    lambda: libc.umount2(b"/etc", 2),
+                    lambda: libc.mount(None, b"/__client", None, ctypes.c_ulong(MS_REMOUNT_BIND), None),
                 ):
                     print(call(), errno.errorcode[ctypes.get_errno()])
             """,
@@ -251,14 +264,16 @@ def test_what_a_container_cannot_see_or_change(image: BuiltImage, tmp_path: Path
         mine.unlink()
     assert out.splitlines() == [
         "[False, False]",
-        "Read-only file system",
-        "Read-only file system",
-        "[] True True",
+        "[] [] []",
+        "True True",
         "[]",
         *("-1 EPERM", "-1 EPERM"),
         "0",
         *("-1 EINVAL", "-1 EPERM"),  # what was inherited is locked
     ]
+    assert "root:" in Path("/etc/passwd").read_text()
+    assert not os.path.lexists("/usr/x")
+    assert not list((tmp_path / "state" / "run").iterdir()), "what it wrote is gone with it"
 
 
 def test_volumes_and_files_appear_where_the_app_wants_them(image: BuiltImage, tmp_path: Path) -> None:
@@ -632,7 +647,7 @@ def test_what_is_hidden_stays_so_beside_a_volume_and_behind_a_link(tmp_path: Pat
 
 
 def test_add_python_needs_no_link_and_a_read_only_place_is_explained(
-    store: ImageStore, base: BuiltImage, tmp_path: Path
+    store: ImageStore, base: BuiltImage, read_only: None
 ) -> None:
     link = "RUN ln -s /usr/local/bin/python3 /usr/local/bin/python"
     image = api_pb2.Image(dockerfile_commands=["FROM nvidia/cuda:12.4.0", link])
