@@ -72,6 +72,8 @@ def find(text: str, *, online: bool = True) -> Found:
 
 def of_ref(ref: ModelRef, *, online: bool = True) -> Found:
     """What an alias or a repository is."""
+    if ref.folder is not None:
+        return _of_path(ref.folder)
     if ref.repo is None:
         return _tiny(ref)
     known = _of_catalogue(ref)
@@ -96,7 +98,7 @@ def of_deployment(ref: ModelRef, commit: str | None, *, force: bool = False) -> 
     import dataclasses
 
     if ref.repo is None:
-        return _tiny(ref)
+        return of_ref(ref)
     known = _of_catalogue(ref)
     if known is not None and known.whole and _as_the_catalogue_has_it(ref):
         return known

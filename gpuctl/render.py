@@ -101,7 +101,7 @@ def engine_context(spec: Engine, model: ModelRef) -> dict[str, Any]:
         "engine_args": [*engine_args(model, build), *spec.engine_args],
         "build": build,
         "remove_command": f"python -m pip uninstall -y {' '.join(build.remove)}",
-        "env": [*build.env.items(), *(_TINY_ENV if tiny else {}).items(), *spec.env_vars],
+        "env": [*build.env.items(), *(OFFLINE if tiny else {}).items(), *spec.env_vars],
     }
 
 
@@ -141,7 +141,7 @@ def engine_args(model: ModelRef, build: catalog.Build) -> list[str]:
 
 
 _TINY_ARGS = ("--load-format", "dummy", "--enforce-eager")
-_TINY_ENV = {"HF_HUB_OFFLINE": "1"}  # there is nothing to look up
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # there is nothing to look up
 
 
 def literal(value: object) -> str:

@@ -99,11 +99,18 @@ class _Case:
 
 
 def settle(
-    spec: ServeSpec, found: Found, rates: Rates, *, argv: Sequence[str], chats: bool = True
+    spec: ServeSpec,
+    found: Found,
+    rates: Rates,
+    *,
+    argv: Sequence[str],
+    chats: bool = True,
+    most_gpus: int | None = None,
 ) -> Settled:
     """Decide GPUs and context. A usage error where nothing can be decided, or where a GPU that was named does not do.
 
-    `argv` is the command, from which the one that would work is made. `chats`: whether the model must.
+    `argv` is the command, from which the one that would work is made. `chats`: whether the model must. `most_gpus`:
+    of a container, where what runs there can use no more.
     """
     case = _case(spec, found, rates, argv)
     if chats and case.facts.kind not in catalog.CHATS and not spec.force:
@@ -113,7 +120,7 @@ def settle(
         )
     settled = Settled(spec)
     if spec.auto:
-        settled = _chosen(case)
+        settled = _chosen(case, most_gpus)
     elif spec.gpu is not None:
         settled = _named(case, spec.gpu)
     return _on_cpu(case, settled) if spec.target is Target.LOCAL else settled
@@ -164,14 +171,15 @@ def _case(spec: ServeSpec, found: Found, rates: Rates, argv: Sequence[str]) -> _
 # -- the three ways
 
 
-def _chosen(case: _Case) -> Settled:
+def _chosen(case: _Case, most_gpus: int | None) -> Settled:
     """`--gpu auto`: the cheapest that fits within the smallest of Modal's plans that has one."""
     from gpuctl.catalog.pricing import pricing
 
     spec = case.spec
     limits = [plan.gpus // spec.max_containers for plan in pricing().plans]
     for most in (*(limit for limit in limits if limit), None):
-        assessment = case.assessed(None, most_gpus=most)
+        bounds = [bound for bound in (most, most_gpus) if bound is not None]
+        assessment = case.assessed(None, most_gpus=min(bounds, default=None))
         pick = assessment.pick
         if pick is not None or not assessment.unfit:
             break

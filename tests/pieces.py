@@ -24,9 +24,11 @@ import dataclasses
 import functools
 import gc
 import gzip
+import hashlib
 import heapq
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def answer_of(url: Url, body: Any) -> Any:
-    """The text of a completion or a transcription, the embedding as a list, what a function returned as it is.
+    """The text of a completion or a transcription, the embedding as a list, the name of a picture's file, what a
+    function returned as it is.
 
     A request for several (`n`, several inputs) is answered by a list of them.
     """
@@ -26,6 +27,8 @@ def answer_of(url: Url, body: Any) -> Any:
             found = [choice.get("text") for choice in body.get("choices") or ()]
         case Url.EMBEDDINGS:
             found = [one.get("embedding") for one in body.get("data") or ()]
+        case Url.IMAGES:
+            found = [one.get("file") for one in body.get("data") or ()]
         case _:
             return body.get("text")
     return found[0] if len(found) == 1 else found or None

@@ -74,6 +74,9 @@ class Asking:
             if text is not None:
                 body["prompt"] = text
             return (body, (where,)) if self.kind is Kind.AUDIO else (body, check_body(self.url, body, where))
+        if self.url is Url.IMAGES:
+            body = {"prompt": self._value(columns) if text is None else text}
+            return body, check_body(self.url, body, where)
         system = self._system.render(columns) if self._system else None
         if self.kind is Kind.IMAGE:
             parts = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": MEDIA}}]

@@ -116,6 +116,10 @@ class Before:
             if taste is not None:
                 return Estimate(None, taste.expected(rows, count, price), None, containers, taste)
             return Estimate(None, None, "nobody knows how long a function takes; " + _TASTE, containers)
+        if self.job.url == Url.IMAGES:
+            found = None if taste is None else taste.expected(rows, count, price)
+            slow = None if found else "how long a picture takes is not known here; " + _TASTE
+            return Estimate(None, found, slow, containers, taste, pictures=self.watch.tally.pictures)
         tokens, long = self._tokens()
         if taste is not None:
             return Estimate(tokens, taste.expected(rows, count, price), None, containers, taste, long)

@@ -25,7 +25,7 @@ from gpuctl.batch.copies import with_copies
 from gpuctl.batch.formats import Kind
 from gpuctl.batch.inputs import open_input, strict
 from gpuctl.batch.jobs import Job
-from gpuctl.batch.outputs import FOLDERS, Format, Output, destination, needed
+from gpuctl.batch.outputs import Format, Output, destination, needed
 from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Url
 from gpuctl.batch.shards import stage
@@ -60,6 +60,7 @@ TRAVELS = (
             "newfile",
             "outputs",
             "parquet",
+            "pictures",
             "prompts",
             "readers",
             "requests",
@@ -175,7 +176,7 @@ def _read(plan: Mapping[str, Any], folder: Path) -> tuple[Job, Staged]:
             f"{plan['made_for']}",
             hint=f"--task {task}: what is read in the cloud is not known when the job is made",
         )
-    where = destination(output, url=rows.url, form=like.format)
+    where = destination(output, url=rows.url, form=form)
     print(f"[batch] {_named(rows.describe())}", flush=True)
     staged = stage(
         strict(rows) if plan["strict"] else rows,
@@ -235,7 +236,10 @@ def _destination(plan: Mapping[str, Any], stamp: str, job: Job | None = None) ->
     assert output is not None
     text = job.format if job is not None else plan["format"]
     form = None if text is None else Format(text)
-    url = Url(job.url) if job is not None else Url.TRANSCRIPTIONS
+    made_for = (
+        Url.IMAGES if plan["made_for"] == Url.IMAGES else Url.TRANSCRIPTIONS
+    )  # any format can be of those
+    url = Url(job.url) if job is not None else made_for
     where = destination(output, url=url, form=form, errors=errors)
     assert where.path is not None
     for path in (where.path, where.errors):
@@ -262,7 +266,7 @@ def _publish(plan: Mapping[str, Any], data: Path, stamp: str) -> dict[str, Any]:
         here = dataclasses.replace(
             where, path=Path(scratch) / where.path.name, errors=Path(scratch) / f"errors-{where.errors.name}"
         )
-        with Output(here, job=job.name, url=Url(job.url), columns=job.columns) as output:
+        with Output(here, job=job.name, url=Url(job.url), columns=job.columns, pictures=data) as output:
             if job.copies:
                 shutil.copyfile(data / COPIES, Path(scratch) / COPIES)
             results = read_results(data / "answers")
@@ -276,7 +280,7 @@ def _publish(plan: Mapping[str, Any], data: Path, stamp: str) -> dict[str, Any]:
             _place(here.errors, where.errors, in_bucket=buckets)
         else:
             _remove(where.errors)
-        if where.format in FOLDERS:
+        if where.folder:
             for file in sorted(path for path in here.path.rglob("*") if path.is_file()):
                 _place(file, where.path / file.relative_to(here.path), in_bucket=buckets)
         else:

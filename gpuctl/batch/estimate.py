@@ -229,16 +229,19 @@ class TooLong:
 class Estimate:
     """What is said of a job before it starts."""
 
-    tokens: Tokens | None  # None: a function's rows have none
+    tokens: Tokens | None  # None: rows of a function, or for pictures, have none
     spans: Spans | None
     unknown: str | None  # why there are no spans
     containers: str  # what works on it: "8 L40S"
     measured: Measured | None = None
     too_long: TooLong | None = None
+    pictures: int | None = None  # that are to be made; None: the rows ask for none
 
     def lines(self) -> list[str]:
         """For a person."""
         said = [] if self.tokens is None else [self.tokens.said()]
+        if self.pictures is not None:
+            said.append(f"pictures: {self.pictures:,}")
         if self.spans is None:
             if self.unknown is not None:
                 said.append(f"time: {self.unknown}")
@@ -260,6 +263,8 @@ class Estimate:
     def document(self) -> dict[str, Any]:
         """`estimate` of `--json`."""
         tokens = {} if self.tokens is None else self.tokens.document()
+        if self.pictures is not None:
+            tokens["pictures"] = self.pictures
         empty = {"seconds": None, "container_seconds": None, "usd": None}
         long = self.too_long
         return {

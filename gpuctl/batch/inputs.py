@@ -33,6 +33,7 @@ _USABLE = {
     Url.TRANSCRIPTIONS: frozenset({Kind.AUDIO}),
     Url.COMPLETIONS: frozenset({Kind.TEXT, Kind.JSONL}),
     Url.EMBEDDINGS: frozenset({Kind.TEXT, Kind.JSONL}),
+    Url.IMAGES: frozenset({Kind.TEXT, Kind.JSONL}),
 }
 
 

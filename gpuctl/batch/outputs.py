@@ -13,15 +13,15 @@ import json
 import os
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.batch.answers import answer_of, as_text, dumps, srt, vtt
-from gpuctl.batch.formats import by_name, suffix_of
+from gpuctl.batch.formats import suffix_of
 from gpuctl.batch.newfile import NewFile, told
 from gpuctl.batch.parquet import ParquetTable
+from gpuctl.batch.pictures import AsFiles, InLines, Names
 from gpuctl.batch.rows import Url
-from gpuctl.batch.seen import Seen
 from gpuctl.batch.sources import need_pyarrow
 from gpuctl.errors import usage_error
 
@@ -69,6 +69,12 @@ class Destination:
     path: Path | None
     format: Format
     errors: Path
+    pictures: bool = False  # a folder of pictures, with the answers in a file among them
+
+    @property
+    def folder(self) -> bool:
+        """Whether it is a folder, with a file for each row."""
+        return self.pictures or self.format in FOLDERS
 
     @property
     def columns(self) -> bool:
@@ -82,11 +88,10 @@ class Destination:
         parent = self.path.parent
         if not parent.is_dir():
             raise usage_error(f"-o {self.path}: no folder {parent}")
-        if self.format in FOLDERS:
+        if self.folder:
             if self.path.exists() and not self.path.is_dir():
-                raise usage_error(
-                    f"-o {self.path}: a file; --format {self.format} writes a folder with a file per row"
-                )
+                what = "pictures go into" if self.pictures else f"--format {self.format} writes"
+                raise usage_error(f"-o {self.path}: a file; {what} a folder with a file per row")
             there = self.path.is_dir() and any(self.path.iterdir())
         elif self.path.is_dir():
             raise usage_error(f"-o {self.path}: a folder; --format {self.format} writes one file")
@@ -103,6 +108,8 @@ def destination(
 ) -> Destination:
     """What `-o`, `--format` and `--errors` mean together. Without a format, the suffix says it."""
     path = None if output == STDOUT else Path(output)
+    if url is Url.IMAGES:
+        return _of_pictures(output, path, form, errors)
     form = form or _by_name(output, path)
     if form is None:
         raise usage_error(
@@ -126,6 +133,32 @@ def destination(
     return Destination(path, form, beside)
 
 
+def _of_pictures(output: str, path: Path | None, form: Format | None, errors: str | None) -> Destination:
+    """Pictures: files of a folder, with the lines that name them; or in OpenAI's lines, as its API has them."""
+    if path is not None and _is_folder(output, path):
+        form = form or Format.OPENAI
+        if form in FOLDERS:
+            raise usage_error(
+                f"--format {form}: pictures are PNG files; --format is of the file that says which is whose: "
+                f"{', '.join(sorted({Format.OPENAI, *TABLES}))}"
+            )
+        if form is Format.PARQUET:
+            need_pyarrow(f"--format {form}")
+        return Destination(path, form, Path(errors) if errors else path / "errors.jsonl", pictures=True)
+    form = form or _by_name(output, path)
+    if form is not Format.OPENAI:
+        what = f"--format {form}" if form else f"the suffix {PurePath(output).suffix!r}"
+        raise usage_error(
+            f"-o {output}: {what} has no place for pictures",
+            hint="-o FOLDER/ for files, with --format csv or parquet for the file that says which is whose; "
+            "or -o answers.jsonl for OpenAI's lines with b64_json in them",
+        )
+    if output.lower().endswith(".zst"):
+        need_pyarrow(f"-o {output}")
+    beside = Path("errors.jsonl") if path is None else path.with_name(f"{_stem(path.name)}.errors.jsonl")
+    return Destination(path, form, Path(errors) if errors else beside)
+
+
 def needed(url: Url, form: Format) -> dict[str, str]:
     """What each request must ask for, that the output can be made of its answer: subtitles are of timed segments."""
     return {"response_format": "verbose_json"} if url is Url.TRANSCRIPTIONS and form in SUBTITLES else {}
@@ -134,9 +167,14 @@ def needed(url: Url, form: Format) -> dict[str, str]:
 def _by_name(output: str, path: Path | None) -> Format | None:
     if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
         return Format.OPENAI  # stdout, a pipe
-    if path.is_dir() or output.endswith("/") or not (path.suffix or path.exists()):
+    if _is_folder(output, path):
         return Format.TXT
     return _BY_SUFFIX.get(suffix_of(output))
+
+
+def _is_folder(output: str, path: Path) -> bool:
+    """Whether it is one, or is called as one is."""
+    return path.is_dir() or output.endswith("/") or not (path.suffix or path.exists())
 
 
 def _stem(name: str) -> str:
@@ -148,16 +186,29 @@ def _stem(name: str) -> str:
 class Output:
     """Takes results in the order of the rows. As a context: all is there when it ends, nothing when it fails.
 
-    `columns` are those of all rows (`Input.columns`), `job` is what the ids are made of.
+    `columns` are those of all rows (`Input.columns`), `job` is what the ids are made of. `pictures`: the folder in
+    which the files are that answers name.
     """
 
-    def __init__(self, where: Destination, *, job: str, url: Url, columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        where: Destination,
+        *,
+        job: str,
+        url: Url,
+        columns: Sequence[str] = (),
+        pictures: Path | None = None,
+    ) -> None:
         self.destination = where
         self.answered = self.failed = 0
         self._job = job
         self._errors: NewFile | None = None
         with told(where.path):
-            self._writer = _writer(where, job, url, columns)
+            if url is Url.IMAGES:
+                assert pictures is not None
+                self._writer = _picture_writer(where, job, columns, pictures)
+            else:
+                self._writer = _writer(where.path, where.format, job, url, columns)
 
     def write(self, result: Result) -> None:
         if result.error is None:
@@ -216,19 +267,29 @@ def _error_line(job: str, result: Result) -> bytes:
     return dumps(line).encode() + b"\n"
 
 
-def _writer(where: Destination, job: str, url: Url, columns: Sequence[str]) -> _Writer:
-    match where.format:
+def _writer(path: Path | None, form: Format, job: str, url: Url, columns: Sequence[str]) -> _Writer:
+    match form:
         case Format.OPENAI:
-            return _OpenAI(NewFile(where.path), job)
+            return _OpenAI(NewFile(path), job)
         case Format.JSONL:
-            return _Jsonl(NewFile(where.path), url, columns)
+            return _Jsonl(NewFile(path), url, columns)
         case Format.CSV | Format.TSV:
-            return _Csv(NewFile(where.path), url, columns, "," if where.format is Format.CSV else "\t")
+            return _Csv(NewFile(path), url, columns, "," if form is Format.CSV else "\t")
         case Format.PARQUET:
-            return _Parquet(NewFile(where.path), url, columns)
+            return _Parquet(NewFile(path), url, columns)
         case _:
-            assert where.path is not None
-            return _Folder(where.path, url, where.format)
+            assert path is not None
+            return _Folder(path, url, form)
+
+
+def _picture_writer(where: Destination, job: str, columns: Sequence[str], source: Path) -> _Writer:
+    if not where.pictures:
+        return _WithPictures(_writer(where.path, where.format, job, Url.IMAGES, columns), InLines(source))
+    assert where.path is not None
+    where.path.mkdir(exist_ok=True)
+    name = "answers." + ("jsonl" if where.format is Format.OPENAI else where.format)
+    lines = _writer(where.path / name, where.format, job, Url.IMAGES, columns)
+    return _WithPictures(lines, AsFiles(source, where.path))
 
 
 class _Writer:
@@ -330,6 +391,23 @@ class _Parquet(_Table):
         super().abandon()
 
 
+class _WithPictures(_Writer):
+    """Lines, and the pictures that they speak of: in them, or as files."""
+
+    def __init__(self, lines: _Writer, pictures: InLines | AsFiles) -> None:
+        self._lines = lines
+        self._place = pictures.place
+
+    def write(self, result: Result) -> None:
+        self._lines.write(self._place(result))
+
+    def finish(self) -> None:
+        self._lines.finish()
+
+    def abandon(self) -> None:
+        self._lines.abandon()
+
+
 class _Folder(_Writer):
     """A file for each row, called as the row is: `talks/1.mp3` becomes `talks/1.srt`."""
 
@@ -337,11 +415,12 @@ class _Folder(_Writer):
         self._folder = folder
         self._url = url
         self._form = form
-        self._taken = Seen()
+        self._names = Names(str(form))
         folder.mkdir(exist_ok=True)
 
     def write(self, result: Result) -> None:
-        path = self._folder / self._name(result)
+        (name,) = self._names.of(result)
+        path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         file = NewFile(path, durable=False)  # many small ones: the disk may take its time
         try:
@@ -361,21 +440,6 @@ class _Folder(_Writer):
                 return as_text(answer_of(self._url, result.answer)).strip() + "\n"
             case _:
                 return json.dumps(json.loads(dumps(result.answer)), ensure_ascii=False, indent=2) + "\n"
-
-    def _name(self, result: Result) -> Path:
-        """A place in the folder and nowhere else, whatever a row calls itself, and one that is its own."""
-        parts = [
-            part for part in PurePosixPath(result.id.replace("\0", "")).parts if part not in ("/", "//", "..")
-        ]
-        *folders, name = [part.encode(errors="replace")[:200].decode(errors="ignore") for part in parts] or [
-            "row"
-        ]
-        stem = PurePath(name).stem if by_name(name) else name
-        for one in (stem, name, f"{name}-{result.number}"):
-            path = Path(*folders, f"{one}.{self._form}")
-            if self._taken.add(str(path)):
-                return path
-        return Path(f"row-{result.number}.{self._form}")
 
     def finish(self) -> None:
         pass

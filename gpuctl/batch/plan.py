@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.cost import cost_of, usd, without_gpu
+from gpuctl.errors import usage_error
 from gpuctl.specs.serve import DEFAULT_CONCURRENCY, ServeSpec
 from gpuctl.target import Target
 
@@ -56,11 +57,27 @@ class Decided:
         }
 
 
-def decide(spec: BatchSpec, found: Found | None, rates: Rates, *, argv: Sequence[str]) -> Decided:
-    """`found`: what is known of the model; None for a function. A usage error where the model does not fit."""
+def is_pipeline(found: Found) -> bool:
+    """Whether a model is a pipeline of diffusers that makes pictures: its parts are in folders, and it has no
+    config.json of its own.
+    """
+    return found.pipeline == "text-to-image" and not found.config
+
+
+def decide(
+    spec: BatchSpec, found: Found | None, rates: Rates, *, argv: Sequence[str], pictures: bool = False
+) -> Decided:
+    """`found`: what is known of the model; None for a function; `pictures`: whether the rows ask for them. A usage
+    error where the model does not fit, or makes something else.
+    """
+    spec.check_for(pictures=pictures)
     decided = Decided(spec, rates=rates)
     if spec.model is not None and found is not None:
-        decided = _judged(spec, found, rates, argv)
+        if not spec.model.tiny and not (spec.force and spec.model.repo):
+            _check_kind(found, pictures=pictures)
+        decided = _judged(spec, found, rates, argv, most_gpus=1 if pictures else None)
+        if pictures:
+            decided = _of_pictures(spec, decided)
     spec = decided.spec
     if spec.target is Target.LOCAL:
         return decided
@@ -80,10 +97,12 @@ def decide(spec: BatchSpec, found: Found | None, rates: Rates, *, argv: Sequence
     )
 
 
-def _judged(spec: BatchSpec, found: Found, rates: Rates, argv: Sequence[str]) -> Decided:
+def _judged(
+    spec: BatchSpec, found: Found, rates: Rates, argv: Sequence[str], *, most_gpus: int | None
+) -> Decided:
     from gpuctl.verdicts import settle
 
-    settled = settle(endpoint(spec), found, rates, argv=argv, chats=False)
+    settled = settle(endpoint(spec), found, rates, argv=argv, chats=False, most_gpus=most_gpus)
     return Decided(
         dataclasses.replace(spec, gpu=settled.spec.gpu, max_model_len=settled.spec.max_model_len),
         notes=(*found.notes, *settled.notes),
@@ -92,6 +111,36 @@ def _judged(spec: BatchSpec, found: Found, rates: Rates, argv: Sequence[str]) ->
         candidates=settled.candidates,
         found=found,
         rates=rates,
+    )
+
+
+def _check_kind(found: Found, *, pictures: bool) -> None:
+    if is_pipeline(found) and not pictures:
+        raise usage_error(
+            f"MODEL: {found.name} makes pictures, and the rows ask for something else",
+            hint="--task images, and a prompt in each row"
+            + ("" if found.repo is None else "; if it does what they ask for, give --force"),
+        )
+    if pictures and found.config:
+        raise usage_error(
+            f"MODEL: {found.name} makes no pictures: it has a config.json, and no model_index.json of diffusers",
+            hint="name a model such as z-image-turbo (`gpuctl models --kind image`); if it is a pipeline, give --force",
+        )
+
+
+def _of_pictures(spec: BatchSpec, decided: Decided) -> Decided:
+    """What the verdict says of a context is not for pictures, which have none; and a pipeline runs on one GPU."""
+    decided.spec.check_gpus()
+    notes = [note for note in decided.notes if "--max-model-len" not in note]
+    if spec.target is Target.MODAL:
+        notes.append(
+            "fit: what pictures take beside the weights grows with their size, and is not known before: a row that "
+            "has no room ends as out_of_memory"
+        )
+    return dataclasses.replace(
+        decided,
+        spec=dataclasses.replace(decided.spec, max_model_len=spec.max_model_len),
+        notes=tuple(notes),
     )
 
 

@@ -80,7 +80,7 @@ def _plan(spec: BatchSpec, job: Job, made_for: Url) -> dict[str, Any]:
         "overwrite": spec.overwrite or spec.schedule is not None,
         "output_in_bucket": is_remote(spec.output) and parse("--output", spec.output).in_bucket,
         "kind": spec.input_format,
-        "url": None if (url := asked(spec)) is None else url.value,
+        "url": url.value if (url := asked(spec)) else Url.IMAGES if made_for is Url.IMAGES else None,
         "made_for": made_for.value,
         "prompt": spec.prompt,
         "system": spec.system,
@@ -108,7 +108,7 @@ def prepared(decided: Decided, *, argv: Sequence[str], console: Console) -> Iter
     from gpuctl.batch.outputs import Format, destination
 
     spec = decided.spec
-    url = asked(spec) or Url.CHAT
+    url = asked(spec, decided.found) or Url.CHAT
     form = None if spec.format is None else Format(spec.format)
     where = destination(spec.output, url=url, form=form, errors=spec.errors)
     if not spec.remote_output:

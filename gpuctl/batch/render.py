@@ -6,16 +6,20 @@ import ast
 import re
 from typing import TYPE_CHECKING, Any
 
+from gpuctl import catalog
 from gpuctl.batch.rows import Url
-from gpuctl.render import Code, engine_context, header, rendered, resources_context
+from gpuctl.render import OFFLINE, Code, engine_context, header, rendered, resources_context
 from gpuctl.specs.batch import PREFIX
 from gpuctl.specs.engine_args import gives
 from gpuctl.specs.remote_paths import GCS, GCS_ENDPOINT, REQUIRED_KEYS
+from gpuctl.specs.resources import CACHES, HUGGINGFACE_CACHE
+from gpuctl.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gpuctl.specs.batch import BatchSpec
+    from gpuctl.specs.model import ModelRef
 
 # What `vllm[audio]` brings, as a layer of its own: the engine's is gigabytes, and shared with all other work.
 _AUDIO = ("av", "scipy", "soundfile", "soxr")
@@ -59,7 +63,9 @@ def render_batch(
             "concurrency": spec.concurrency or 1,
             "batch_size": spec.batch_size,
         }
-    if spec.model is not None:
+    if spec.model is not None and url is Url.IMAGES:
+        context |= _pictures(spec, spec.model)
+    elif spec.model is not None:
         context |= {
             **engine_context(spec, spec.model),
             "kind": Code("vllm"),
@@ -85,6 +91,28 @@ def render_batch(
     context |= _imports(rendered("batch/app.py.jinja", context))
     # Where a piece is left out, the empty lines around it stay.
     return re.sub(r"\n{4,}", "\n\n\n", rendered("batch/app.py.jinja", context))
+
+
+def _pictures(spec: BatchSpec, model: ModelRef) -> dict[str, Any]:
+    """The values of the templates that start a pipeline of diffusers, and of its image."""
+    engine = catalog.diffusers()
+    build = engine.cpu if spec.target is Target.LOCAL else engine.cuda
+    caches = [mount for mount in CACHES if mount[1] == HUGGINGFACE_CACHE]
+    return {
+        "kind": Code("diffusers"),
+        "processor": Code("DiffusersProcessor"),
+        "tiny": model.tiny,
+        "model_folder": None if model.folder is None else str(model.folder),
+        "model": model.title if model.folder is None else "/model",
+        "pinned": model.pinned,
+        "revision": model.revision or "main",
+        "diffusers_version": engine.version,
+        "build": build,
+        "pip_method": Code("uv_pip_install" if build.index is None else "pip_install"),
+        "env": [*build.env.items(), *({} if model.repo else OFFLINE).items(), *spec.env_vars],
+        "batch_size": spec.batch_size or 1,
+        "volumes": [*caches, *((mount.name, mount.path) for mount in spec.volumes)],
+    }
 
 
 # What reading rows and writing answers takes beside gpuctl's own code: the versions of requirements.lock.
@@ -132,9 +160,9 @@ def _files(spec: BatchSpec) -> dict[str, Any]:
 # What the pieces use of the standard library by the module's name, and of collections.abc by its own.
 _MODULES = (
     "asyncio", "base64", "collections", "concurrent.futures", "contextlib", "dataclasses", "datetime", "functools",
-    "gc", "gzip", "heapq", "importlib.util", "inspect", "io", "itertools", "json", "logging", "math", "os", "pathlib",
-    "pkgutil", "queue", "random", "re", "secrets", "shlex", "shutil", "struct", "subprocess", "sys", "tempfile",
-    "threading", "time", "traceback", "types", "urllib.parse", "urllib.request", "uuid",
+    "gc", "gzip", "hashlib", "heapq", "importlib.util", "inspect", "io", "itertools", "json", "logging", "math", "os",
+    "pathlib", "pkgutil", "queue", "random", "re", "secrets", "shlex", "shutil", "struct", "subprocess", "sys",
+    "tempfile", "threading", "time", "traceback", "types", "urllib.parse", "urllib.request", "uuid",
 )  # fmt: skip
 _ABSTRACT = ("AsyncIterator", "Awaitable", "Callable", "Iterable", "Iterator", "Mapping", "Sequence")
 

@@ -7,6 +7,7 @@ May import: batch's rows.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,7 @@ TITLES = {
     Url.COMPLETIONS: "completions",
     Url.EMBEDDINGS: "embeddings",
     Url.TRANSCRIPTIONS: "audio transcriptions",
+    Url.IMAGES: "image generations",
     Url.FUNCTION: "rows for a function",
 }
 ENGINE_URLS = tuple(url for url in Url if url is not Url.FUNCTION)
@@ -32,6 +34,7 @@ OWN_COLUMNS = {
     Url.COMPLETIONS: ("prompt",),
     Url.EMBEDDINGS: ("input",),
     Url.TRANSCRIPTIONS: ("file",),
+    Url.IMAGES: ("prompt",),
 }
 
 _ELSEWHERE = ("http://", "https://", "data:")
@@ -156,11 +159,104 @@ def _transcription(body: dict[str, Any], folder: Path) -> tuple[Path, ...]:
     return (local_file(value, folder),)
 
 
+_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", re.ASCII)
+SMALLEST_SIDE, LARGEST_SIDE = 16, 4096  # pixels: what no pipeline is made for is a mistake of the row
+MOST_PICTURES = 10  # of a row, as OpenAI's API has it
+MOST_STEPS = 1000
+MOST_SEED = 2**63 - 1
+
+
+def size_problem(size: str) -> str | None:
+    """What is wrong with the size of a picture; None: nothing that is known without the model."""
+    match = _SIZE.fullmatch(size)
+    if match and all(SMALLEST_SIDE <= int(side) <= LARGEST_SIDE for side in match.groups()):
+        return None
+    return (
+        f"{_shown(size)} is no size such as 1024x768: width and height in pixels, each from {SMALLEST_SIDE} to "
+        f"{LARGEST_SIDE}"
+    )
+
+
+def _images(body: dict[str, Any], _folder: Path) -> tuple[Path, ...]:
+    """OpenAI's fields, as far as a pipeline of diffusers has what they ask for, and what it has beside them."""
+    unknown = [name for name in body if name not in _OF_IMAGES]
+    if unknown:
+        raise RowError(
+            "invalid_request",
+            f"{_shown(unknown[0])}: no field of an image; known are {', '.join(_OF_IMAGES)}",
+        )
+    for name in [name for name, value in body.items() if value is None]:
+        del body[name]  # as if it were not there
+    if "prompt" not in body:
+        raise RowError("invalid_request", "prompt must be text, and not empty")
+    for name, value in body.items():
+        wrong = _OF_IMAGES[name](value)
+        if wrong is not None:
+            raise RowError("invalid_request", f"{name}: {wrong}")
+    for name in _SAID_ONLY:
+        body.pop(name, None)
+    return ()
+
+
+def _a_text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value.strip() else f"{_shown(value)} is no text, or empty"
+
+
+def _whole(least: int, most: int) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        return None if fine else f"{_shown(value)} is no whole number from {least} to {most}"
+
+    return check
+
+
+def _scale(value: Any) -> str | None:
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
+    return None if fine else f"{_shown(value)} is no number from 0 to 100"
+
+
+def _a_size(value: Any) -> str | None:
+    if value == "auto":
+        return None
+    return size_problem(value) if isinstance(value, str) else f"{_shown(value)} is no text such as '1024x768'"
+
+
+def _only(*values: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        return (
+            None if value in values else f"{_shown(value)}: only {' or '.join(map(repr, values))} can be made"
+        )
+
+    return check
+
+
+# The fields of a request for images, and what is wrong with a value of each.
+_OF_IMAGES: dict[str, Callable[[Any], str | None]] = {
+    "prompt": _a_text,
+    "n": _whole(1, MOST_PICTURES),
+    "size": _a_size,
+    "seed": _whole(0, MOST_SEED),
+    "negative_prompt": lambda value: None if isinstance(value, str) else f"{_shown(value)} is no text",
+    "num_inference_steps": _whole(1, MOST_STEPS),
+    "guidance_scale": _scale,
+    "true_cfg_scale": _scale,
+    "model": lambda value: None if isinstance(value, str) else f"{_shown(value)} is no text",
+    "user": lambda value: None if isinstance(value, str) else f"{_shown(value)} is no text",
+    "response_format": _only("b64_json"),
+    "output_format": _only("png"),
+    "quality": _only("auto"),
+    "background": _only("auto"),
+    "moderation": _only("auto"),
+}
+# They say what is done anyway, or who asks: no picture is another for them.
+_SAID_ONLY = ("user", "response_format", "output_format", "quality", "background", "moderation")
+
 _CHECKS: dict[Url, Callable[[dict[str, Any], Path], tuple[Path, ...]]] = {
     Url.CHAT: _chat,
     Url.COMPLETIONS: _text("prompt"),
     Url.EMBEDDINGS: _text("input"),
     Url.TRANSCRIPTIONS: _transcription,
+    Url.IMAGES: _images,
 }
 
 

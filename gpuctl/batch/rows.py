@@ -30,6 +30,7 @@ class Url(StrEnum):
     COMPLETIONS = "/v1/completions"
     EMBEDDINGS = "/v1/embeddings"
     TRANSCRIPTIONS = "/v1/audio/transcriptions"
+    IMAGES = "/v1/images/generations"
     FUNCTION = "function"
 
 

@@ -27,6 +27,7 @@ from gpuctl.batch.copies import with_copies
 from gpuctl.batch.errors import Errors
 from gpuctl.batch.follow import RUNNING, alive, duration, follow
 from gpuctl.batch.jobs import Job
+from gpuctl.batch.plan import is_pipeline
 from gpuctl.batch.remote import Remote
 from gpuctl.batch.render import render_batch
 from gpuctl.batch.results import read_results
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from gpuctl.batch.outputs import Destination
     from gpuctl.batch.plan import Decided
     from gpuctl.cli.console import Console
+    from gpuctl.configs import Found
     from gpuctl.modal_cli import Runner
 
 _COMMONEST = 5  # errors that a summary names
@@ -92,8 +94,10 @@ class Summary:
         }
 
 
-def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
-    """What the input is, and where its answers go. Its rows are read when they are iterated over."""
+def read_input(spec: BatchSpec, found: Found | None = None) -> tuple[Input, Destination]:
+    """What the input is, and where its answers go. Its rows are read when they are iterated over. `found`: what is
+    known of the model, if it was looked up.
+    """
     from gpuctl.batch.formats import Kind
     from gpuctl.batch.inputs import open_input
     from gpuctl.batch.outputs import Format, destination
@@ -104,7 +108,7 @@ def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
     rows = open_input(
         spec.inputs,
         kind=None if spec.input_format is None else Kind(spec.input_format),
-        url=asked(spec),
+        url=asked(spec, found),
         prompt=spec.prompt,
         system=spec.system,
         messages_column=spec.messages_column,
@@ -112,20 +116,23 @@ def read_input(spec: BatchSpec) -> tuple[Input, Destination]:
         encoding=spec.encoding,
         keep_columns=like.columns,
     )
-    return rows, destination(spec.output, url=rows.url, form=like.format, errors=spec.errors)
+    return rows, destination(spec.output, url=rows.url, form=form, errors=spec.errors)
 
 
-_KINDS = {"embedding": Url.EMBEDDINGS, "speech": Url.TRANSCRIPTIONS}
+_KINDS = {"embedding": Url.EMBEDDINGS, "speech": Url.TRANSCRIPTIONS, "image": Url.IMAGES}
 
 
-def asked(spec: BatchSpec) -> Url | None:
+def asked(spec: BatchSpec, found: Found | None = None) -> Url | None:
     """What is asked of the rows, where the work says it; else they do, and a plain one is a chat."""
     if spec.function is not None:
         return Url.FUNCTION
     if spec.task is not None:
         return Url[spec.task.upper()]
     entry = spec.model.entry if spec.model is not None else None
-    return None if entry is None else _KINDS.get(entry.kind)
+    if entry is None:
+        is_one = found is not None and is_pipeline(found)
+        return Url.IMAGES if is_one or (spec.model is not None and spec.model.folder is not None) else None
+    return _KINDS.get(entry.kind)
 
 
 def destination_of(job: Job) -> Destination:
@@ -456,8 +463,10 @@ def fetch(
             remote.get(f"{home}answers", folder)
             if job.copies:
                 remote.get(f"{home}{COPIES}", folder / COPIES)
+            if job.url == Url.IMAGES and status["done"]:
+                remote.get(f"{home}pictures", folder)
         where = destination_of(job)
-        with Output(where, job=job.name, url=Url(job.url), columns=job.columns) as output:
+        with Output(where, job=job.name, url=Url(job.url), columns=job.columns, pictures=folder) as output:
             results = read_results(folder / "answers")
             for result in with_copies(results, folder) if job.copies else results:
                 if result.error is not None:

@@ -37,6 +37,7 @@ class Tally:
     media: Counter[str] = field(default_factory=Counter)  # what is in the requests besides text
     least_out: int = 0  # tokens that are written at least
     capped_out: int = 0  # at most, by those requests that say so
+    pictures: int = 0  # that are to be made
     open_answers: int = 0  # answers of which no request says how long they may be
 
     def see(self, url: Url, body: Any) -> int:
@@ -49,6 +50,8 @@ class Tally:
             self.media[kind] += 1
         self.rows += 1
         self.bytes += size
+        if url is Url.IMAGES:
+            self.pictures += _whole(body.get("n")) or 1
         answers = answers_of(url, body)
         if answers:
             cap = cap_of(url, body)

@@ -162,6 +162,25 @@ class Engine:
     cpu: Build
 
 
+@dataclass(frozen=True)
+class PictureBuild:
+    """How the image with diffusers is built for one device: the packages beside it, at exact versions."""
+
+    python: str
+    index: str | None
+    packages: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Diffusers:
+    """What makes pictures: its version, and its builds."""
+
+    version: str
+    cuda: PictureBuild
+    cpu: PictureBuild
+
+
 def gib_of_parameters(billions: float, bytes_each: float = _BYTES_PER_PARAMETER) -> float:
     """GiB of the weights of a model with so many billions of parameters, bfloat16 unless told otherwise."""
     return billions * 1e9 * bytes_each / 2**30
@@ -260,6 +279,26 @@ def vllm() -> Engine:
         version=row["version"],
         cuda=_build(row["cuda"]),
         cpu=_build(row["cpu"]),
+    )
+
+
+@functools.cache
+def diffusers() -> Diffusers:
+    """What makes pictures."""
+    row = table("engines")["diffusers"]
+    return Diffusers(
+        version=row["version"],
+        cuda=_picture_build(row["cuda"]),
+        cpu=_picture_build(row["cpu"]),
+    )
+
+
+def _picture_build(row: Mapping[str, Any]) -> PictureBuild:
+    return PictureBuild(
+        python=row["python"],
+        index=row.get("index"),
+        packages=tuple(row["packages"]),
+        env=MappingProxyType(dict(row["env"])),
     )
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gpuctl.batch.plan import Decided
     from gpuctl.batch.remote import Remote
     from gpuctl.cli.console import Console
+    from gpuctl.configs import Found
     from gpuctl.specs.batch import BatchSpec
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -105,7 +106,8 @@ def run(
         typer.Argument(
             metavar="MODEL",
             show_default=False,
-            help="An alias, org/name[@revision] of Hugging Face, or a function or class of yours: work.py:process.",
+            help="An alias, org/name[@revision] of Hugging Face, a folder with a pipeline of diffusers, or a function "
+            "or class of yours: work.py:process.",
             autocompletion=complete_model,
         ),
     ],
@@ -122,15 +124,19 @@ def run(
         str | None,
         text(
             "TASK",
-            "What is asked of the model: chat, completions, embeddings or transcriptions. "
+            "What is asked of the model: chat, completions, embeddings, transcriptions or images. "
             "[default: what the model is for, or the input's lines say; else chat]",
-            ("chat", "completions", "embeddings", "transcriptions"),
+            ("chat", "completions", "embeddings", "transcriptions", "images"),
         ),
     ] = None,
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", show_default=False, help="Where the answers go; - is stdout."
+            "--output",
+            "-o",
+            metavar="FILE",
+            show_default=False,
+            help="Where the answers go: a file, a folder (of pictures, subtitles, texts), or - for stdout.",
         ),
     ] = None,
     errors: Annotated[
@@ -169,7 +175,21 @@ def run(
     top_p: Annotated[
         str | None, text("P", "Sample from the likeliest tokens that make up this share.")
     ] = None,
-    seed: Annotated[str | None, number("Seed of the sampling.")] = None,
+    seed: Annotated[str | None, number("Seed of the sampling, or of the first picture of each row.")] = None,
+    size: Annotated[
+        str | None, text("WxH", "Of pictures: width and height in pixels. [default: the model's own]")
+    ] = None,
+    steps: Annotated[
+        str | None, number("Of pictures: steps of the sampler. [default: the model's own]")
+    ] = None,
+    guidance: Annotated[
+        str | None,
+        text(
+            "G",
+            "Of pictures: how closely they keep to the prompt (guidance_scale). [default: the model's own]",
+        ),
+    ] = None,
+    negative_prompt: Annotated[str | None, text("TEXT", "Of pictures: what is not to be on them.")] = None,
     json_schema: Annotated[str | None, text("FILE", "A JSON Schema that every answer keeps to.")] = None,
     name: Annotated[
         str | None, text("NAME", "Name of the job. [default: made from the input and the work]")
@@ -193,7 +213,8 @@ def run(
         number("Rows at once in a container: the engine's --max-num-seqs, or calls of the function."),
     ] = None,
     batch_size: Annotated[
-        str | None, number("Call the function with lists of N rows. [default: one row a call]")
+        str | None,
+        number("Rows in a call of the function, as a list; pictures in a call of a pipeline. [default: one]"),
     ] = None,
     retries: Annotated[str | None, number("Further tries of a row that fails. [default: 2]")] = None,
     max_cost: Annotated[
@@ -263,7 +284,8 @@ def run(
 ) -> None:
     """Answer every row of the input, once."""
     from gpuctl.batch import remote_files
-    from gpuctl.batch.run import before_of, finish, prepared, read_input, start, tell
+    from gpuctl.batch.rows import Url
+    from gpuctl.batch.run import asked, before_of, finish, prepared, read_input, start, tell
     from gpuctl.cli.console import Console
     from gpuctl.cli.serve import write_source
 
@@ -281,17 +303,28 @@ def run(
     if unset and not (dry_run or render):
         raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
     argv = argv_of(ctx)
+    offline = bool(dry_run or render)
+    model = None
     if spec.remote_input:
-        decided = _decided(ctx, spec, argv, console, offline=bool(dry_run or render))
+        spec, model = _looked_up(spec, offline=offline)
+        pictures = asked(spec, model) is Url.IMAGES
+        decided = _decided(ctx, spec, model, argv, console, offline=offline, pictures=pictures)
         ready = remote_files.prepared(decided, argv=argv, console=console)
     else:
-        rows, where = read_input(spec)
-        if not (dry_run or render or spec.remote_output):
+        # What a model of the hub is for, it says; of others it is known before anybody is asked.
+        told = spec.model is None or spec.task is not None or spec.model.entry is not None
+        if not told:
+            spec, model = _looked_up(spec, offline=offline)
+        rows, where = read_input(spec, model)
+        if not (offline or spec.remote_output):
             where.check(overwrite=spec.overwrite)
-        decided = _decided(ctx, spec, argv, console, offline=bool(dry_run or render))
+        if told:
+            spec, model = _looked_up(spec, offline=offline)
+        pictures = rows.url is Url.IMAGES
+        decided = _decided(ctx, spec, model, argv, console, offline=offline, pictures=pictures)
         ready = prepared(decided, rows, where, argv=argv, console=console)
     with ready as what:
-        before = before_of(decided, what, online=not (dry_run or render), console=console)
+        before = before_of(decided, what, online=not offline, console=console)
         if render:
             write_source(render, what.source)
         if dry_run:
@@ -365,38 +398,52 @@ def _spec_again(ctx: typer.Context, job: Job, changes: Mapping[str, str | None])
     )
 
 
-def _decided(
-    ctx: typer.Context, spec: BatchSpec, argv: tuple[str, ...], console: Console, *, offline: bool
-) -> Decided:
-    """What the job runs on: `offline`, as a dry run knows it, else with the model's exact commit."""
+def _looked_up(spec: BatchSpec, *, offline: bool) -> tuple[BatchSpec, Found | None]:
+    """What is known of the model: `offline`, as a dry run knows it, else at its exact commit, which the spec has."""
     import dataclasses
 
-    from gpuctl.batch.plan import decide
     from gpuctl.configs import of_deployment, of_ref
     from gpuctl.deploy import check_tools
     from gpuctl.hub import resolve_revision
+
+    if not offline:
+        check_tools(spec.target)
+    model = spec.model
+    if model is None:
+        return spec, None
+    if offline:
+        return spec, of_ref(model, online=False)
+    revision = None if model.repo is None else resolve_revision(model.repo, model.revision)
+    found = of_deployment(model, revision, force=spec.force)
+    if revision is not None:
+        spec = dataclasses.replace(spec, model=dataclasses.replace(model, revision=revision))
+    return spec, found
+
+
+def _decided(
+    ctx: typer.Context,
+    spec: BatchSpec,
+    found: Found | None,
+    argv: tuple[str, ...],
+    console: Console,
+    *,
+    offline: bool,
+    pictures: bool,
+) -> Decided:
+    """What the job runs on. `found`: what is known of the model; `pictures`: whether the rows ask for them."""
+    from gpuctl.batch.plan import decide
     from gpuctl.plan import with_target
     from gpuctl.prices import from_catalogue, rates
     from gpuctl.target import Target
 
     runner = runner_of(ctx)
-    if not offline:
-        check_tools(spec.target)
-    model, found = spec.model, None
-    if model is not None and offline:
-        found = of_ref(model, online=False)
-    elif model is not None:
-        revision = None if model.repo is None else resolve_revision(model.repo, model.revision)
-        found = of_deployment(model, revision, force=spec.force)
-        if revision is not None:
-            spec = dataclasses.replace(spec, model=dataclasses.replace(model, revision=revision))
     if spec.target is Target.LOCAL:
         prices = from_catalogue("nobody was asked")
     elif offline:
         prices = rates(spec.target)
     else:
         prices = rates(spec.target, runner=runner, console=console)
-    return decide(spec, found, prices, argv=with_target(argv, spec.target))
+    return decide(spec, found, prices, argv=with_target(argv, spec.target), pictures=pictures)
 
 
 def _print_event(status: Any) -> None:
@@ -627,6 +674,7 @@ def resume(
 ) -> None:
     """Go on with a job where it stopped, also with another GPU or more containers."""
     from gpuctl.batch.manage import job_of, resume_job, with_output
+    from gpuctl.batch.rows import Url
     from gpuctl.batch.run import finish, tell
     from gpuctl.cli.console import Console
 
@@ -668,7 +716,9 @@ def resume(
     }
     decided = None
     if any(value is not None for value in changes.values()):
-        decided = _decided(ctx, _spec_again(ctx, found, changes), found.argv, console, offline=False)
+        spec, model = _looked_up(_spec_again(ctx, found, changes), offline=False)
+        pictures = found.url == Url.IMAGES
+        decided = _decided(ctx, spec, model, found.argv, console, offline=False, pictures=pictures)
     started = resume_job(remote, found, decided, retry_failed=retry_failed, yes=yes)
     if detach:
         _tell_detached(remote, found, console)

@@ -1,4 +1,4 @@
-"""What `gpuctl batch` was asked for, checked once. May import: gpuctl.errors, batch.rows, catalog, target, specs.
+"""What `gpuctl batch` was asked for, checked once. May import: gpuctl.errors, batch.requests, catalog, target, specs.
 
 `BatchSpec.from_options` takes what was typed, and raises one usage error that lists every problem of the command.
 What the input's rows are is not known here: `gpuctl.batch.inputs` finds that out.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl import catalog
+from gpuctl.batch.requests import MOST_STEPS, size_problem
 from gpuctl.errors import usage_error
 from gpuctl.specs import names
 from gpuctl.specs.engine_args import check_engine_args, stages
@@ -40,7 +41,7 @@ DEFAULT_MAX_CONTAINERS = 1  # a finite bill; see --max-containers
 DEFAULT_RETRIES = 2
 PREFIX = "gpuctl-batch-"  # of a job's App, Volume and Dict
 LONGEST_NAME = 64 - len(PREFIX)  # Modal's names have at most 64 characters
-TASKS = ("chat", "completions", "embeddings", "transcriptions")
+TASKS = ("chat", "completions", "embeddings", "transcriptions", "images")
 INPUT_FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "lines", "text", "audio", "image")
 FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "json", "txt", "srt", "vtt")
 
@@ -105,7 +106,7 @@ class BatchSpec:
     force: bool
     max_containers: int
     concurrency: int | None
-    batch_size: int | None
+    batch_size: int | None  # rows in a call of a function, pictures in one of a pipeline
     retries: int
     max_cost: Decimal | None  # USD
     max_model_len: int | None
@@ -153,6 +154,10 @@ class BatchSpec:
         temperature: str | None = None,
         top_p: str | None = None,
         seed: str | None = None,
+        size: str | None = None,
+        steps: str | None = None,
+        guidance: str | None = None,
+        negative_prompt: str | None = None,
         json_schema: str | None = None,
         name: str | None = None,
         gpu: str | None = None,
@@ -191,7 +196,7 @@ class BatchSpec:
         function = read.parsed(FunctionRef.parse, work)
         model = None
         if function is None and not read.problems:
-            model = read.parsed(ModelRef.parse, work)
+            model = read.parsed(lambda text: ModelRef.of_folder(text) or ModelRef.parse(text), work)
         if not inputs:
             read.problem("INPUT: nothing given; name a file, a folder, or - for what is piped in")
         if output is None:
@@ -216,6 +221,10 @@ class BatchSpec:
                 ("--temperature", temperature),
                 ("--top-p", top_p),
                 ("--seed", seed),
+                ("--size", size),
+                ("--steps", steps),
+                ("--guidance", guidance),
+                ("--negative-prompt", negative_prompt),
                 ("--json-schema", json_schema),
                 ("--max-model-len", max_model_len),
                 ("--vllm-version", vllm_version),
@@ -225,8 +234,6 @@ class BatchSpec:
                     read.problem(
                         f"{flag}: is for a model, and {work} is a function, which gets the rows as they are"
                     )
-        elif batch_size is not None:
-            read.problem("--batch-size: is for a function; the engine batches by itself, up to --concurrency")
         if name is not None and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
             read.problem(
                 f"--name: {name!r} is no name of a job: letters, digits, '.', '_' or '-', {LONGEST_NAME} at most"
@@ -244,7 +251,7 @@ class BatchSpec:
             top_p=top_p,
             seed=seed,
             json_schema=json_schema,
-        )
+        ) + _picture(read, size=size, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
         read.problems += check_engine_args(engine_args)
         schedule = read_schedule(read, cron=cron, timezone=timezone, every=every)
         check_paths(
@@ -318,6 +325,52 @@ class BatchSpec:
             raise usage_error(read.problems)
         return spec
 
+    def check_for(self, *, pictures: bool) -> None:
+        """Refuse options that are not for what the rows ask for, which is known when they were looked at."""
+        if self.model is None:
+            return
+        fields = dict(self.sampling)
+        given: tuple[tuple[str, object], ...]
+        if pictures:
+            what = f"is for a model that writes, and {self.title} makes pictures"
+            given = (
+                ("--max-tokens", fields.get("max_tokens")),
+                ("--temperature", fields.get("temperature")),
+                ("--top-p", fields.get("top_p")),
+                ("--json-schema", fields.get("response_format")),
+                ("--concurrency", self.concurrency),
+                ("--max-model-len", self.max_model_len),
+                (
+                    "--vllm-version",
+                    None if self.vllm_version == catalog.vllm().version else self.vllm_version,
+                ),
+                ("--", self.engine_args or None),
+            )
+        else:
+            what = "is for pictures (--task images), and these rows ask for none"
+            given = (
+                ("--size", fields.get("size")),
+                ("--steps", fields.get("num_inference_steps")),
+                ("--guidance", fields.get("guidance_scale")),
+                ("--negative-prompt", fields.get("negative_prompt")),
+            )
+        problems = [f"{flag}: {what}" for flag, value in given if value is not None]
+        if not pictures and self.batch_size is not None:
+            problems.append(
+                "--batch-size: is for a function, or for pictures; the engine batches by itself, up to --concurrency"
+            )
+        if problems:
+            raise usage_error(problems)
+        if pictures:
+            self.check_gpus()
+
+    def check_gpus(self) -> None:
+        """Refuse several GPUs for what runs on one."""
+        if self.gpu is not None and any(choice.count > 1 for choice in self.gpu.choices):
+            raise usage_error(
+                f"--gpu: {self.gpu}: a pipeline of diffusers runs on one GPU; --max-containers takes several"
+            )
+
     @property
     def title(self) -> str:
         """What does the work, in messages."""
@@ -380,6 +433,26 @@ def _sampling(
         "top_p": read.share("--top-p", top_p),
         "seed": read.optional_whole("--seed", seed, at_least=0),
         "response_format": None if json_schema is None else _schema(read, json_schema),
+    }
+    return tuple((name, value) for name, value in fields.items() if value is not None)
+
+
+def _picture(
+    read: ResourceReader,
+    *,
+    size: str | None,
+    steps: str | None,
+    guidance: str | None,
+    negative_prompt: str | None,
+) -> tuple[tuple[str, Any], ...]:
+    """The same, of pictures."""
+    if size is not None:
+        read.rule("--size", size, size_problem)
+    fields: dict[str, Any] = {
+        "size": size,
+        "num_inference_steps": read.optional_whole("--steps", steps, at_most=MOST_STEPS),
+        "guidance_scale": _number(read, "--guidance", guidance, most=100.0),
+        "negative_prompt": negative_prompt,
     }
     return tuple((name, value) for name, value in fields.items() if value is not None)
 

@@ -1,14 +1,16 @@
 """What MODEL may be. May import: gpuctl.errors, gpuctl.catalog, gpuctl.specs.names.
 
 An alias of the catalogue (`llama3`), or a repository of Hugging Face, `org/name[@revision]`, where the revision is a
-branch, a tag or a commit.
+branch, a tag or a commit. Bulk jobs also take a folder of this machine (`of_folder`).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from gpuctl import catalog
 from gpuctl.catalog.repository import is_repository, is_revision
@@ -16,6 +18,7 @@ from gpuctl.errors import usage_error
 from gpuctl.specs import names
 
 TINY = "tiny"
+PIPELINE = "model_index.json"  # of diffusers: the parts of what makes pictures
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # "-8B", "_70b", "-0.6B-Instruct": most makers say in the name how many parameters a model has. A mixture of experts
 # names both ("-30B-A3B"): the whole comes first, and the whole is what must be downloaded.
@@ -26,11 +29,44 @@ _BILLIONS = re.compile(
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model: by which alias, if any; its repository (None: made on the spot); the revision that was asked for."""
+    """A model: by which alias, if any; its repository (None: made on the spot, or in `folder`); the revision that was
+    asked for.
+    """
 
     alias: str | None
     repo: str | None
     revision: str | None = None
+    folder: Path | None = None  # of this machine, that holds a pipeline; `revision` is of its files, then
+
+    @classmethod
+    def of_folder(cls, text: str) -> ModelRef | None:
+        """Read MODEL as a folder with a pipeline of diffusers, as `./my-model`; None where it is no path.
+
+        A usage error where it is one, and there is no such folder, or something else in it.
+        """
+        path = Path(text).expanduser()
+        like_one = re.match(r"(?:\.{0,2}|~)/", text) is not None or text in (".", "..")
+        try:
+            if not like_one and not (path / PIPELINE).is_file():
+                return None
+            if not path.is_dir():
+                raise usage_error(f"MODEL: there is no folder {text!r}")
+            if not (path / PIPELINE).is_file():
+                raise usage_error(
+                    f"MODEL: {text!r} has no {PIPELINE}: of this machine's folders, jobs take pipelines of diffusers, "
+                    "which make pictures"
+                )
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            facts = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+        except OSError as error:
+            raise usage_error(f"MODEL: {text!r} cannot be read: {error.strerror}") from error
+        listed = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts)
+        return cls(None, None, hashlib.sha1(listed.encode()).hexdigest(), path.resolve())  # noqa: S324 - a name
+
+    @property
+    def tiny(self) -> bool:
+        """Whether the rendered file makes it."""
+        return self.repo is None and self.folder is None
 
     @classmethod
     def parse(cls, text: str) -> ModelRef:
@@ -60,8 +96,8 @@ class ModelRef:
 
     @property
     def title(self) -> str:
-        """What the model is called in messages: its repository, or `tiny`."""
-        return self.repo or TINY
+        """What the model is called in messages: its repository, its folder, or `tiny`."""
+        return str(self.folder) if self.folder is not None else self.repo or TINY
 
     @property
     def pinned(self) -> bool:

@@ -43,9 +43,7 @@ def test_modal_deploys_it(case: Path, plane: TestPlane, tmp_path: Path) -> None:
     name = f"golden-{case.name}"
     file = tmp_path / "endpoint.py"
     file.write_text(re.sub(r"^APP_NAME = .*$", f'APP_NAME = "{name}"', source, flags=re.M), encoding="utf-8")
-    for secret in re.findall(r'Secret\.from_name\("([^"]+)"', source):
-        (tmp_path / "secret.env").write_text("HF_TOKEN=of-this-test\n")
-        plane.modal("secret", "create", "--force", secret, "--from-dotenv", str(tmp_path / "secret.env"))
+    make_secrets(source, plane, tmp_path)
 
     deployed = plane.modal("deploy", str(file), HF_TOKEN="of-this-test").stdout
     assert "App deployed" in deployed
@@ -74,12 +72,20 @@ def test_modal_deploys_a_job(case: Path, plane: TestPlane, tmp_path: Path) -> No
     file = tmp_path / "job.py"
     source = re.sub(r"^APP_NAME = .*$", f'APP_NAME = "{name}"', source, flags=re.M)
     file.write_text(source.replace("/home/ann/gpuctl", str(GOLDEN.parents[1])), encoding="utf-8")
+    make_secrets(source, plane, tmp_path)
     for volume in re.findall(r'Volume\.from_name\("([^"]+)"\)', source):  # one that must be there
         plane.modal("volume", "create", volume)
     deployed = plane.modal("deploy", str(file), HF_TOKEN="of-this-test").stdout
     assert "App deployed" in deployed
     assert name in [row["name"] for row in plane.json("volume", "list")]
     plane.modal("app", "stop", name, "--yes")
+
+
+def make_secrets(source: str, plane: TestPlane, tmp_path: Path) -> None:
+    """Those that must be there."""
+    for secret in re.findall(r'Secret\.from_name\("([^"]+)"', source):
+        (tmp_path / "secret.env").write_text("HF_TOKEN=of-this-test\n")
+        plane.modal("secret", "create", "--force", secret, "--from-dotenv", str(tmp_path / "secret.env"))
 
 
 def constants(source: str) -> dict[str, Any]:

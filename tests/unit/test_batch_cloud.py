@@ -181,6 +181,38 @@ def test_rows_of_a_bucket_and_back(tmp_path: Path) -> None:
     assert bucket.do("check") == {"same": False, "rows": 4}
 
 
+def test_pictures_of_a_bucket_and_into_one(tmp_path: Path) -> None:
+    import gzip
+
+    bucket = Bucket(tmp_path)
+    url = "/v1/images/generations"
+    bucket.plan |= {"url": url, "made_for": url, "format": "csv"}
+    bucket.plan["job"] |= {"output": "s3://two/made/pictures/"}
+    (bucket.read / "a.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": 5}\n')
+    assert bucket.do("begin") == {"rows": 2}
+    name = "pictures/000000/000000000-0.png"
+    (bucket.job / name).parent.mkdir(parents=True)
+    (bucket.job / name).write_bytes(b"a picture")
+    error = {"code": "invalid_request", "message": "no text"}
+    made = [
+        {"row": 0, "id": "row-0", "answer": {"data": [{"file": name}]}, "columns": {"prompt": "a cat"}},
+        {"row": 1, "id": "row-1", "error": error, "columns": {"prompt": 5}},
+    ]
+    (bucket.job / "answers").mkdir()
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in made)
+    (bucket.job / "answers" / "000000.jsonl.gz").write_bytes(gzip.compress(content))
+    told = bucket.do("publish")
+    assert (told["done"], told["failed"]) == (1, 1)
+    there = {path.name: path.read_text() for path in (bucket.write / "pictures").iterdir()}
+    assert there.keys() == {"answers.csv", "errors.jsonl", "row-0.png"}
+    assert there["row-0.png"] == "a picture"
+    assert there["answers.csv"].splitlines() == ["prompt,answer", "a cat,row-0.png"]
+    # Another job does not write over them.
+    (bucket.job / "begun").unlink()
+    (bucket.job / "job.json").unlink()
+    assert "exists" in bucket.do("begin")["problems"][0]
+
+
 def test_runs_of_a_schedule(tmp_path: Path) -> None:
     bucket = Bucket(tmp_path)
     bucket.plan |= {"scheduled": True, "overwrite": True}

@@ -12,7 +12,14 @@ import pieces
 
 
 @pytest.mark.parametrize(
-    "piece", ["batch/function.py.jinja", "batch/vllm.py.jinja", "shared/tiny_whisper.py.jinja"]
+    "piece",
+    [
+        "batch/function.py.jinja",
+        "batch/vllm.py.jinja",
+        "batch/diffusers.py.jinja",
+        "shared/tiny_whisper.py.jinja",
+        "shared/tiny_diffusers.py.jinja",
+    ],
 )
 def test_clean_by_a_users_tools(piece: str, tmp_path: Path) -> None:
     """As the goldens are: `ruff check` and `ruff format`, with ruff's defaults."""
