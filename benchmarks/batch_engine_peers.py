@@ -5,11 +5,15 @@
 
 import asyncio
 import gc
+import gzip
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,7 +26,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 WORDS = ["bado", "kifu", "lomi", "tare", "zuvo"]
 TOKENS = 16
-INPUT, OUTPUT, THEIRS = Path("input.jsonl"), Path("ours.jsonl"), Path("theirs.jsonl")
+INPUT, THEIRS = Path("input.jsonl"), Path("theirs.jsonl")
+SHARD, SHARDS_AT_ONCE = 250, 3  # 8 shards of 2,000 rows, as gpuctl makes them for one container
 
 
 def messages(number: int) -> list[dict[str, str]]:
@@ -37,26 +42,40 @@ def bare(model: str, rows: int) -> Callable[[], int]:
     return lambda: len(llm.chat(asked, params, use_tqdm=False))
 
 
-def ours(arguments: list[str]) -> Callable[[], int]:
+def ours(arguments: list[str], rows: int) -> Callable[[], int]:
+    """What a container does with its shards, from the packed rows to the published answers."""
     worker.engine_arguments = lambda: arguments
-    processor = worker.VllmProcessor()
+    worker.volume = SimpleNamespace(commit=lambda: None, reload=lambda: None)
+    worker.live = SimpleNamespace(put=lambda *_: None, get=lambda _: None)
+    worker.DATA = Path("job")
+    shards = list(range(-(-rows // SHARD)))
+    lines = INPUT.read_bytes().splitlines()
+    for shard in shards:
+        file = worker.input_file(shard)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        some = lines[shard * SHARD : (shard + 1) * SHARD]
+        made = [shard_line(number, line) for number, line in enumerate(some, shard * SHARD)]
+        file.write_bytes(gzip.compress(b"".join(made), compresslevel=1))
+    line = worker.Line(worker.VllmProcessor())
 
     def run() -> int:
-        flying = done = 0
-        with INPUT.open(encoding="utf-8") as lines, OUTPUT.open("w", encoding="utf-8") as output:
-            rows = map(json.loads, lines)
-            while True:
-                while flying < processor.capacity and (row := next(rows, None)):
-                    processor.start(done + flying, {"url": row["url"], "body": row["body"]})
-                    flying += 1
-                if not flying:
-                    return done
-                for _, answer in processor.step():
-                    output.write(json.dumps(answer) + "\n")
-                    flying -= 1
-                    done += 1
+        for folder in ("answers", "parts"):
+            shutil.rmtree(worker.DATA / folder, ignore_errors=True)
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+            told = [
+                one for ends, _ in pool.map(lambda shard: line.work([shard], "run"), shards) for one in ends
+            ]
+        assert all(one["ended"] and not one["failed"] for one in told)
+        return sum(one["rows"] for one in told)
 
     return run
+
+
+def shard_line(number: int, text: bytes) -> bytes:
+    """A line of OpenAI's Batch API as it stands in a shard."""
+    asked = json.loads(text)
+    row = {"row": number, "id": asked["custom_id"], "url": asked["url"], "body": asked["body"]}
+    return json.dumps(row).encode() + b"\n"
 
 
 def batch(arguments: list[str]) -> Callable[[], int]:
@@ -105,7 +124,7 @@ def main(rounds: int, rows: int) -> None:
                 json.dumps({"custom_id": str(number), "method": "POST", "url": url, "body": body}) + "\n"
             )
     arguments = ["--model", model, "--load-format", "dummy", "--enforce-eager"]
-    sides = {"ours": ours(arguments), "bare": bare(model, rows), "run-batch": batch(arguments)}
+    sides = {"ours": ours(arguments, rows), "bare": bare(model, rows), "run-batch": batch(arguments)}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, run in sides.items():

@@ -12,8 +12,6 @@ import gzip
 import hashlib
 import json
 import sqlite3
-from array import array
-from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.batch.answers import dumps
@@ -43,15 +41,13 @@ class Copies:
         """Whether this row (as a line of a shard) is a copy, and is written; else its request is remembered."""
         asked = dumps([line["url"], line["body"]]).encode()
         request = hashlib.sha256(asked).digest()[:16]
-        try:
-            self._seen.execute("INSERT INTO seen VALUES (?, ?)", (request, line["row"]))
-        except sqlite3.IntegrityError:
-            (first,) = self._seen.execute("SELECT row FROM seen WHERE request = ?", (request,)).fetchone()
-            copy = {name: line[name] for name in ("row", "id", "columns") if name in line}
-            self._file.write(dumps({**copy, "of": first}).encode() + b"\n")
-            self.count += 1
-            return True
-        return False
+        if self._seen.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (request, line["row"])).rowcount:
+            return False
+        (first,) = self._seen.execute("SELECT row FROM seen WHERE request = ?", (request,)).fetchone()
+        copy = {name: line[name] for name in ("row", "id", "columns") if name in line}
+        self._file.write(dumps({**copy, "of": first}).encode() + b"\n")
+        self.count += 1
+        return True
 
     def __enter__(self) -> Copies:
         return self
@@ -67,23 +63,41 @@ class Copies:
 def with_copies(results: Iterator[Result], folder: Path) -> Iterator[Result]:
     """All results in the order of the rows, those of the copies that `folder` has among them."""
     file = folder / FILE_NAME
-    wanted = array("Q", sorted({copy["of"] for copy in _read(file)}))
+    wanted = _Numbers()
+    for copy in _read(file):
+        wanted.add(copy["of"])
     kept = _database(folder / "kept.db")
     kept.execute("CREATE TABLE kept (row INTEGER PRIMARY KEY, line TEXT)")
     copies = _read(file)
-    copy = next(copies, None)
+    next_copy = next(copies, None)
     for result in results:
-        while copy is not None and copy["row"] < result.number:
-            yield from _copied(kept, copy)
-            copy = next(copies, None)
-        at = bisect_left(wanted, result.number)
-        if at < len(wanted) and wanted[at] == result.number:
+        while next_copy is not None and next_copy["row"] < result.number:
+            yield from _copied(kept, next_copy)
+            next_copy = next(copies, None)
+        if result.number in wanted:
             kept.execute("INSERT INTO kept VALUES (?, ?)", (result.number, as_line(result)))
         yield result
-    while copy is not None:
-        yield from _copied(kept, copy)
-        copy = next(copies, None)
+    while next_copy is not None:
+        yield from _copied(kept, next_copy)
+        next_copy = next(copies, None)
     kept.close()
+
+
+class _Numbers:
+    """A set of numbers of rows, a bit for each row: a megabyte for eight million."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def add(self, number: int) -> None:
+        byte, bit = divmod(number, 8)
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + 1024 - len(self._bits)))
+        self._bits[byte] |= 1 << bit
+
+    def __contains__(self, number: int) -> bool:
+        byte, bit = divmod(number, 8)
+        return byte < len(self._bits) and bool(self._bits[byte] >> bit & 1)
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
@@ -99,9 +113,19 @@ def _copied(kept: sqlite3.Connection, copy: dict[str, Any]) -> Iterator[Result]:
         yield dataclasses.replace(first, number=copy["row"], id=copy["id"], columns=copy.get("columns"))
 
 
+_CACHE_KIB = 32 * 1024  # of a database's pages: most of what is looked for among millions of requests
+
+
 def _database(path: Path) -> sqlite3.Connection:
-    """One that is quick, and is thrown away."""
+    """One that is quick, and is thrown away: nothing of it is ever committed."""
     database = sqlite3.connect(path, isolation_level=None)
-    for setting in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE"):
+    settings = (
+        "journal_mode = OFF",
+        "synchronous = OFF",
+        "locking_mode = EXCLUSIVE",
+        f"cache_size = -{_CACHE_KIB}",
+    )
+    for setting in settings:
         database.execute(f"PRAGMA {setting}")
+    database.execute("BEGIN")
     return database

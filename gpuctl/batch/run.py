@@ -32,7 +32,7 @@ from gpuctl.batch.remote import Remote
 from gpuctl.batch.render import render_batch
 from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Url
-from gpuctl.batch.shards import Staged, stage
+from gpuctl.batch.shards import Staged, portions, stage
 from gpuctl.cost import usd
 from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.paths import cache_dir
@@ -330,7 +330,8 @@ class _Upload(threading.Thread):
     def run(self) -> None:
         try:
             folder = self._what.staged.folder
-            self._remote.put(folder, "/")
+            for portion in portions(folder):
+                self._remote.put(portion, "/")
             document = folder.with_name("job.json")
             document.write_text(json.dumps(self._what.job.document()), encoding="utf-8")
             self._remote.put(document, "/job.json")

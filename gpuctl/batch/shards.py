@@ -1,8 +1,8 @@
 """Rows become the files of a job: shards, what travels with them, and `job.json`. May import: rows, answers, errors.
 
-A shard is what one call of a worker answers: small enough that starting it again costs little, large enough that what
-it costs itself (a call, two commits of the Volume: about a second, while the rows of other shards go on) is far below
-1 % of its work.
+A shard is what an attempt answers: small enough that starting it again costs little, large enough that what it costs
+itself (a call, two commits of the Volume: about a second, while the rows of other shards go on) is far below 1 % of its
+work. Where its work is quicker than that, a call brings several, which share that cost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpuctl.batch.rows import Url
 from gpuctl.errors import GpuctlError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from gpuctl.batch.rows import Row
@@ -31,6 +31,7 @@ LARGEST = 1000
 SMALLEST = 16
 _SHARDS_PER_CONTAINER = 8
 _FIRST = 4096  # rows that are read before the size of the shards is chosen
+_TOGETHER = 1000  # files that are uploaded by one command, which has memory for each of them
 
 
 @dataclass
@@ -109,6 +110,25 @@ def stage(
         ) from error
     staged.digest = digest.hexdigest()
     return staged
+
+
+def portions(folder: Path) -> Iterator[Path]:
+    """What was staged in `folder` as folders of few enough files, each to be uploaded before the next is made.
+
+    Where there are more files than that, those of a portion are moved to it, and removed when the next is asked for.
+    """
+    files = sorted(file for file in folder.rglob("*") if not file.is_dir())
+    if len(files) <= _TOGETHER:
+        yield folder
+        return
+    for start in range(0, len(files), _TOGETHER):
+        portion = folder.with_name(f"{folder.name}-{start}")
+        for file in files[start : start + _TOGETHER]:
+            there = portion / file.relative_to(folder)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(there)
+        yield portion
+        shutil.rmtree(portion)
 
 
 def _line(row: Row, defaults: Mapping[str, Any], folder: Path, staged: Staged) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -216,3 +217,25 @@ def test_calls_run_at_once(load: Callable[..., Any]) -> None:
     before = threading.active_count()
     assert len(run(load(code, CONCURRENCY=4), list(range(8)))) == 8
     assert threading.active_count() <= before + 4
+
+
+def test_a_quick_function_has_many_rows_at_hand_and_a_slow_one_few(load: Callable[..., Any]) -> None:
+    code = """
+        import time
+        def process(row):
+            if row.get("slow"):
+                time.sleep(0.05)
+            return row["n"]
+    """
+    processor = load(textwrap.dedent(code))
+    least = processor.capacity
+    assert run(processor, [{"n": n} for n in range(2000)]) == {n: n for n in range(2000)}
+    assert processor.capacity > least
+    quick = processor.capacity
+    assert run(processor, [{"n": n, "slow": True} for n in range(20)]) == {n: n for n in range(20)}
+    assert processor.capacity < quick
+    for key in range(2):
+        processor.start(key, {"body": {"n": key, "slow": True}})
+    assert len(processor.step()) == 1, "what has ended is not kept back for what has not"
+    assert processor.give_back() == [1]
+    assert processor.step() == []

@@ -45,6 +45,11 @@ class Echo:
             answer = [answer]
         return [(key, answer)]
 
+    def give_back(self) -> list[int]:
+        keys = [key for key, _ in self.waiting]
+        self.waiting.clear()
+        return keys
+
 
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -84,6 +89,14 @@ def answers(runtime: ModuleType, number: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in runtime.read_gzip(runtime.answers_file(number))]
 
 
+def work(line: Any, number: int, *more: Any) -> dict[str, Any]:
+    """What a call for one shard tells of it."""
+    told, seconds = line.work([number], *more)
+    assert seconds >= 0
+    (one,) = told
+    return dict(one)
+
+
 def test_every_row_ends_once_in_order(runtime: ModuleType) -> None:
     rows: list[dict[str, Any]] = [{} for _ in range(50)]
     rows[3] = {"refuse": True}
@@ -94,7 +107,7 @@ def test_every_row_ends_once_in_order(runtime: ModuleType) -> None:
     rows[8] = {"deep": 100_000}
     shard(runtime, rows)
     processor = Echo(runtime)
-    counts = runtime.Line(processor).work(0, "run")
+    counts = work(runtime.Line(processor), 0, "run")
     assert (counts["rows"], counts["failed"], counts["ended"]) == (50, 5, 1)
     found = answers(runtime)
     assert [line["row"] for line in found] == list(range(50))
@@ -117,13 +130,73 @@ def test_shards_share_the_processor_without_a_pause(runtime: ModuleType) -> None
         shard(runtime, [{} for _ in range(9)], number)
     processor = Echo(runtime)
     line = runtime.Line(processor)
-    threads = [threading.Thread(target=line.work, args=(number, "run")) for number in range(3)]
+    threads = [threading.Thread(target=work, args=(line, number, "run")) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for number in range(3):
         assert len(answers(runtime, number)) == 9
+
+
+def test_shards_of_a_call_share_its_commits(runtime: ModuleType) -> None:
+    runtime.SAVE_SECONDS = 60  # type: ignore[attr-defined]
+    commits: list[int] = []
+    runtime.volume.commit = lambda: commits.append(1)
+    for number in range(20):
+        shard(runtime, [{} for _ in range(5)], number)
+    runtime.Line(Echo(runtime)).work([7], "run")
+    alone = len(commits)
+    line = runtime.Line(Echo(runtime))
+    told, _ = line.work(list(range(20)), "run")
+    assert len(commits) == 2 * alone
+    assert [one["rows"] for one in told] == [5] * 20, "also of the one that was done before"
+    assert all(one["ended"] for one in told)
+    assert all(len(answers(runtime, number)) == 5 for number in range(20))
+    assert not line.open
+
+
+def test_a_shard_that_ended_is_published_though_its_call_goes_on(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(5)])
+    shard(runtime, [{} for _ in range(5)], 1)
+    goes_on = threading.Event()
+
+    class Waits(Echo):
+        def step(self) -> list[tuple[int, object]]:
+            if self.waiting[0][1]["row"] >= 1000:
+                goes_on.wait(0.01)
+                if not goes_on.is_set():
+                    return []
+            return super().step()
+
+    line = runtime.Line(Waits(runtime))
+    call = threading.Thread(target=line.work, args=([0, 1], "run"))
+    call.start()
+    deadline = time.monotonic() + 60
+    while not runtime.answers_file(0).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not runtime.answers_file(1).exists()
+    goes_on.set()
+    call.join()
+    assert len(answers(runtime, 1)) == 5
+
+
+def test_who_stops_does_not_wait_for_rows_that_are_only_at_hand(runtime: ModuleType) -> None:
+    shard(runtime, [{} for _ in range(500)])
+
+    class Stops(Echo):
+        def step(self) -> list[tuple[int, object]]:
+            if len(self.tries) == 10:
+                line.stopping.set()
+            return super().step()
+
+    processor = Stops(runtime, capacity=1000)
+    line = runtime.Line(processor)
+    told = work(line, 0, "run")
+    assert (told["rows"], told["ended"]) == (11, 0)
+    assert work(runtime.Line(Echo(runtime)), 0, "next")["rows"] == 500
+    assert [one["row"] for one in answers(runtime)] == list(range(500))
 
 
 def part(
@@ -148,17 +221,17 @@ def test_an_attempt_goes_on_where_others_stopped(runtime: ModuleType) -> None:
     )
     part(runtime, "2", {"begin": "b"}, {"row": 0, "id": "id-0", "answer": "second"}, {"end": "stopped"})
     processor = Echo(runtime)
-    runtime.Line(processor).work(0, "run")
+    work(runtime.Line(processor), 0, "run")
     assert [line["answer"] for line in answers(runtime)] == ["first", *({"n": n} for n in range(1, 6))]
     assert 0 not in processor.tries, "what ended is not done again"
 
 
 def test_what_another_attempt_published_stays(runtime: ModuleType) -> None:
     shard(runtime, [{} for _ in range(3)])
-    runtime.Line(Echo(runtime)).work(0, "run")
+    work(runtime.Line(Echo(runtime)), 0, "run")
     before = runtime.answers_file(0).read_bytes()
     processor = Echo(runtime)
-    counts = runtime.Line(processor).work(0, "run")
+    counts = work(runtime.Line(processor), 0, "run")
     assert (counts["rows"], counts["ended"]) == (3, 1)
     assert not processor.tries
     assert runtime.answers_file(0).read_bytes() == before
@@ -169,7 +242,7 @@ def test_after_deaths_rows_are_tried_few_at_a_time(runtime: ModuleType) -> None:
     part(runtime, "1", {"begin": "a"})
     part(runtime, "2", {"begin": "b"})
     processor = Echo(runtime, capacity=1000)
-    runtime.Line(processor).work(0, "run")
+    work(runtime.Line(processor), 0, "run")
     assert max(map(len, processor.together)) == 32
     assert len(answers(runtime)) == 100
 
@@ -181,9 +254,9 @@ def test_the_suspects_come_first_and_in_the_end_alone(runtime: ModuleType) -> No
     part(runtime, "2", {"begin": "b"}, {"trying": [40, 41, 42], "alone": False})
     processor = Echo(runtime, capacity=1000)
     line = runtime.Line(processor)
-    beside = threading.Thread(target=line.work, args=(1, "run"))
+    beside = threading.Thread(target=work, args=(line, 1, "run"))
     beside.start()
-    line.work(0, "run")
+    work(line, 0, "run")
     beside.join()
     assert [rows for rows in processor.together if {40, 41, 42} & set(rows)] == [[40], [41], [42]]
     assert len(answers(runtime)) == len(answers(runtime, 1)) == 100
@@ -197,7 +270,7 @@ def test_a_row_of_which_the_container_died_alone_is_given_up(runtime: ModuleType
     part(runtime, "4", {"begin": "d"}, {"trying": [7], "alone": True})
     part(runtime, "5", {"begin": "e"}, {"trying": [7], "alone": True})
     processor = Echo(runtime)
-    counts = runtime.Line(processor).work(0, "run")
+    counts = work(runtime.Line(processor), 0, "run")
     assert (counts["rows"], counts["failed"]) == (40, 1)
     assert answers(runtime)[7]["error"]["code"] == "container_died"
     assert 7 not in processor.tries
@@ -209,7 +282,7 @@ def test_twice_may_have_been_chance(runtime: ModuleType) -> None:
     part(runtime, "2", {"begin": "b"}, {"trying": [7], "alone": True})
     part(runtime, "3", {"begin": "c"}, {"trying": [7], "alone": True})
     processor = Echo(runtime)
-    runtime.Line(processor).work(0, "run")
+    work(runtime.Line(processor), 0, "run")
     assert all("error" not in line for line in answers(runtime))
     assert processor.together[0] == [7], "alone again"
 
@@ -220,7 +293,7 @@ def test_nothing_is_known_of_an_attempt_that_another_driver_handed_out(runtime: 
     for name in "123456":
         part(runtime, name, {"begin": "a"}, {"trying": [7], "alone": True}, driver="earlier")
     processor = Echo(runtime)
-    runtime.Line(processor).work(0, "run", False, "now")
+    work(runtime.Line(processor), 0, "run", False, "now")
     assert all("error" not in line for line in answers(runtime))
     assert len(processor.together[0]) == 4, "nor is it careful"
 
@@ -230,7 +303,7 @@ def test_a_container_that_had_no_row_of_a_shard_did_not_die_of_one(runtime: Modu
     for name in "123456":
         part(runtime, name, {"begin": "a"}, {"trying": [7], "alone": True}, {"trying": [], "alone": False})
     processor = Echo(runtime)
-    runtime.Line(processor).work(0, "run")
+    work(runtime.Line(processor), 0, "run")
     assert all("error" not in line for line in answers(runtime))
     assert len(processor.together[0]) == 4
 
@@ -242,7 +315,7 @@ def test_a_row_that_failed_alone_rests_outside_and_comes_alone_again(runtime: Mo
     part(runtime, "2", {"begin": "b"}, {"trying": [0, 1, 2], "alone": False})
     processor = Echo(runtime)
     line = runtime.Line(processor)
-    threads = [threading.Thread(target=line.work, args=(number, "run")) for number in (1, 0)]
+    threads = [threading.Thread(target=work, args=(line, number, "run")) for number in (1, 0)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -282,12 +355,12 @@ def test_a_volume_that_cannot_commit_ends_the_attempt_and_nothing_of_it_is_said_
                 time.sleep(0.005)
             return super().step()
 
-    told = runtime.Line(Breaks(runtime)).work(0, "run")
+    told = work(runtime.Line(Breaks(runtime)), 0, "run")
     assert "commit failed" in told["unwritable"]
     assert told["ended"] == 0
     assert not runtime.answers_file(0).exists()
     disk.broken = False
-    assert runtime.Line(Echo(runtime)).work(0, "run", False, "next")["rows"] == 500
+    assert work(runtime.Line(Echo(runtime)), 0, "run", False, "next")["rows"] == 500
     assert [line["row"] for line in answers(runtime)] == list(range(500))
 
 
@@ -299,7 +372,7 @@ def test_a_volume_that_can_be_written_again_in_time_is_no_matter(runtime: Module
     disk.broken = True
     repair = threading.Timer(0.3, lambda: setattr(disk, "broken", False))
     repair.start()
-    told = runtime.Line(Echo(runtime)).work(0, "run")
+    told = work(runtime.Line(Echo(runtime)), 0, "run")
     assert (told["rows"], told["ended"]) == (500, 1)
     assert "unwritable" not in told
 
@@ -324,7 +397,7 @@ def test_a_row_that_was_last_and_not_alone_is_not_blamed(runtime: ModuleType) ->
     shard(runtime, [{} for _ in range(5)])
     part(runtime, "1", {"begin": "a"})
     part(runtime, "2", {"begin": "b"}, {"trying": [4], "alone": False})
-    runtime.Line(Echo(runtime)).work(0, "run")
+    work(runtime.Line(Echo(runtime)), 0, "run")
     assert all("error" not in line for line in answers(runtime))
 
 
@@ -360,9 +433,63 @@ def test_what_failed_is_tried_again_once_in_a_run(runtime: ModuleType) -> None:
     file.write_bytes(gzip.compress(b"".join(lines)))
     processor = Echo(runtime)
     line = runtime.Line(processor)
-    assert line.work(0, "first")["failed"] == 2
-    assert line.work(0, "second", True)["failed"] == 1
+    assert work(line, 0, "first")["failed"] == 2
+    assert work(line, 0, "second", True)["failed"] == 1
     assert processor.tries == {n: 3 if n == 3 else 1 for n in range(9)}
-    assert line.work(0, "second", True)["failed"] == 1, "its container died, and it comes again"
+    assert work(line, 0, "second", True)["failed"] == 1, "its container died, and it comes again"
     assert [found["row"] for found in answers(runtime) if "error" in found] == [9]
     assert answers(runtime)[3]["answer"] == {"n": 3}
+
+
+# -- what the driver hands out
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Any:
+    made: Any = pieces.module(
+        "batch/ledger.py.jinja",
+        "batch/driver.py.jinja",
+        folder=tmp_path,
+        constants={"AT_ONCE": 2, "MOST_BYTES": 10_000, "USD_PER_SECOND": None},
+        schedule=None,
+        files=False,
+        writes=(),
+    )
+    made.DATA = tmp_path / "job"
+    (made.DATA / "input").mkdir(parents=True)
+    (made.DATA / "job.json").write_text(json.dumps({"shards": 100, "rows": 100_000, "copies": 0}))
+    for number in range(100):
+        made.input_file(number).write_bytes(bytes(1000))
+    return made.Driver("run", retry_failed=True)
+
+
+def test_one_shard_at_a_time_until_it_is_known_that_they_are_quick(driver: Any) -> None:
+    todo = deque(range(100))
+    assert driver.next_shards(todo) == [0]
+    driver.together = 4
+    assert driver.next_shards(todo) == [1, 2, 3, 4]
+
+
+def test_no_call_has_more_than_its_share_or_than_fits(driver: Any) -> None:
+    driver.together = 64
+    assert driver.next_shards(deque(range(100))) == list(range(10)), "MOST_BYTES"
+    assert driver.next_shards(deque(range(20))) == list(range(5)), "as many for each that may wait, twice"
+    assert driver.next_shards(deque([9])) == [9]
+
+
+def test_what_failed_or_is_tried_again_is_not_mixed_with_others(driver: Any) -> None:
+    driver.together = 4
+    driver.failures[1] = 1
+    todo = deque(range(100))
+    assert [driver.next_shards(todo) for _ in range(3)] == [[0], [1], [2, 3, 4, 5]]
+    driver.ledger.ended = {8: {"failed": 1}, 9: {"failed": 1}}
+    assert [driver.next_shards(todo) for _ in range(3)] == [[6, 7], [8, 9], [10, 11, 12, 13]]
+
+
+def test_shards_that_ended_together_are_lines_of_the_ledger(driver: Any) -> None:
+    counts = {"rows": 3, "failed": 1, "tokens_in": 0, "tokens_out": 0}
+    driver.ledger.now[4] = counts
+    driver.ledger.end("run", {4: counts, 5: counts})
+    again = type(driver.ledger)()
+    assert again.ended == driver.ledger.ended == {shard: {**counts, "run": "run"} for shard in (4, 5)}
+    assert not driver.ledger.now

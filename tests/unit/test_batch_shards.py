@@ -13,7 +13,7 @@ import pytest
 from gpuctl.batch.copies import with_copies
 from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Problem, Result, Row, Url
-from gpuctl.batch.shards import LARGEST, Staged, stage
+from gpuctl.batch.shards import LARGEST, Staged, portions, stage
 from gpuctl.specs.engine_args import adapters
 
 
@@ -120,3 +120,27 @@ def test_adapters_have_names() -> None:
     ]
     assert adapters(["--lora-modules=sql=/x", "--enable-lora"]) == ["sql"]
     assert adapters(["--seed", "3"]) == []
+
+
+def test_what_is_uploaded_at_once_has_not_too_many_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "job"
+    files = {f"input/{number:06}.jsonl.gz" for number in range(25)} | {
+        "media/000000/7-0.png",
+        "copies.jsonl.gz",
+    }
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    assert list(portions(folder)) == [folder], "few files are uploaded where they are"
+    monkeypatch.setattr("gpuctl.batch.shards._TOGETHER", 10)
+    found: dict[str, str] = {}
+    sizes = []
+    for portion in portions(folder):
+        some = [file for file in portion.rglob("*") if file.is_file()]
+        sizes.append(len(some))
+        found |= {file.relative_to(portion).as_posix(): file.read_text() for file in some}
+    assert sizes == [10, 10, 7]
+    assert found == {name: name for name in files}
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()], "what was uploaded makes room"
