@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from modal_proto import api_pb2
 
 from gpuctl.local.ids import is_id, new_id
-from gpuctl.local.ledger import CallRow, Input, Ledger, input_id, parse_input_id, wait_on
+from gpuctl.local.ledger import GATHER_SECONDS, CallRow, Input, Ledger, input_id, parse_input_id, wait_on
 from gpuctl.local.pools import Pool
 from gpuctl.local.wire import Call, conflict, empty, not_found, rpc, unimplemented
 
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 _MOST_OUTSTANDING = 1000  # inputs of one map that the client sends ahead of their outputs
 _MOST_OUTPUTS, _MOST_OUTPUT_BYTES = 1000, 8 << 20  # in one answer
 _MOST_IN_GRAPH = 1000  # inputs of one call
-_GATHER_SECONDS = 0.05  # outputs of a map that come in quick succession are answered together
 _STREAM_SECONDS = 55.0
 _PRUNE_SECONDS = 60.0
 _AWAITED = (  # by the caller: of `.remote` and `.map`, and of `.remote_gen`
@@ -308,14 +307,15 @@ class Calls:
                 if ranged:
                     outputs = self._ledger.outputs_of(row, request.start_idx, request.end_idx)
                 else:
-                    while row.unfinished and (early := row.answered_at + _GATHER_SECONDS - loop.time()) > 0:
+                    while row.unfinished and (early := row.answered_at + GATHER_SECONDS - loop.time()) > 0:
                         await wait_on(row.news, early)
                     outputs = self._ledger.outputs_after(row, after, limit)
                 left = deadline - loop.time()
                 if outputs or left <= 0:
                     break
                 await wait_on(row.news, left)
-        row.answered_at = loop.time()
+        if not ranged:
+            row.answered_at = loop.time()
         response = api_pb2.FunctionGetOutputsResponse(num_unfinished_inputs=row.unfinished)
         size = 0
         for output in outputs:

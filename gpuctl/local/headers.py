@@ -8,6 +8,7 @@ static table are hpack's.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from hpack.huffman_table import HUFFMAN_COMPLETE, HUFFMAN_EMIT_SYMBOL, HUFFMAN_FAIL, HUFFMAN_TABLE
 from hpack.table import HeaderTable
@@ -124,42 +125,42 @@ def _string(block: bytes, at: int) -> tuple[str, int]:
     return _decoded(raw) if first & 0x80 else raw.decode("latin-1"), end
 
 
-class _State(list["tuple[_State, str] | None"]):
-    """Where a Huffman decoder is between two bytes: for each next byte the state after it, and what is emitted.
+# Where a Huffman decoder is between two bytes: for each next byte the state after it and what is emitted, and, as entry
+# 256, the state's number. hpack's table goes by half bytes; these are filled as bytes are met, and there are few of
+# them. Plain lists, for the interpreter has a short way to their entries.
+_State = list[Any]
 
-    hpack's table goes by half bytes; this one is filled as bytes are met, and there are few of them.
-    """
 
-    def __init__(self, number: int) -> None:
-        super().__init__([None] * 256)
-        self.number = number
-        self.may_end = number in _ENDS
+def _state(number: int) -> _State:
+    if number not in _STATES:
+        _STATES[number] = [None] * 256 + [number]
+    return _STATES[number]
 
-    def meet(self, byte: int) -> tuple[_State, str]:
-        """What a byte does that is met for the first time."""
-        symbols, number = bytearray(), self.number
-        for half in (byte >> 4, byte & 15):
-            number, flags, symbol = HUFFMAN_TABLE[number * 16 + half]
-            if flags & HUFFMAN_FAIL:
-                raise HeaderError("a Huffman code that does not exist")
-            if flags & HUFFMAN_EMIT_SYMBOL:
-                symbols.append(symbol)
-        if number not in _STATES:
-            _STATES[number] = _State(number)
-        self[byte] = step = _STATES[number], symbols.decode("latin-1")
-        return step
+
+def _meet(state: _State, byte: int) -> tuple[_State, str]:
+    """What a byte does that is met for the first time."""
+    symbols, number = bytearray(), state[256]
+    for half in (byte >> 4, byte & 15):
+        number, flags, symbol = HUFFMAN_TABLE[number * 16 + half]
+        if flags & HUFFMAN_FAIL:
+            raise HeaderError("a Huffman code that does not exist")
+        if flags & HUFFMAN_EMIT_SYMBOL:
+            symbols.append(symbol)
+    state[byte] = step = _state(number), symbols.decode("latin-1")
+    return step
 
 
 # The states that a string may end in: with a whole code, or with the padding that fills its last byte.
 _ENDS = frozenset(number for number, flags, _ in HUFFMAN_TABLE if flags & HUFFMAN_COMPLETE)
-_STATES = {0: _State(0)}
+_STATES: dict[int, _State] = {}
+_BEGIN = _state(0)
 
 
 def _decoded(data: bytes) -> str:
-    state, found = _STATES[0], []
+    state, found = _BEGIN, []
     for byte in data:
-        state, symbols = state[byte] or state.meet(byte)
+        state, symbols = state[byte] or _meet(state, byte)
         found.append(symbols)
-    if not state.may_end:
+    if state[256] not in _ENDS:
         raise HeaderError("a Huffman code that is not whole")
     return "".join(found)

@@ -43,6 +43,8 @@ CREATE TABLE IF NOT EXISTS call_chunks (
 
 _BATCH_SECONDS = 0.001  # what comes in so short a time is written together,
 _BUSY_SECONDS = 0.01  # and in so long a time where it comes all the time
+# Of a map only so often: its caller is answered no more often than this, until the last output is there.
+GATHER_SECONDS = 0.05
 _FULL_SECONDS = 1.0  # how long to wait before writing again when the disk is full
 _KEEP_SECONDS = 7 * 86400.0  # results, as in the cloud
 _KEEP_CLEARED_SECONDS = 600.0  # those that the caller has; its acknowledgement may have got lost
@@ -69,7 +71,7 @@ class CallRow:
     settled: bool = False  # as it is written: every input has its output
     news: list[asyncio.Future[None]] = field(default_factory=list)  # those who wait for an output
     chunk_news: list[asyncio.Future[None]] = field(default_factory=list)
-    answered_at: float = 0.0  # when outputs were last fetched, by the loop's clock
+    answered_at: float = 0.0  # when outputs of a map were last fetched, by the loop's clock
 
     @property
     def unfinished(self) -> int:
@@ -283,7 +285,7 @@ class Ledger:
         call = item.call
         call.seq += 1
         self._outputs.append((call.seq, status, task_id, data(), call.num, item.idx, call))
-        self._soon()
+        self._soon(call.answered_at + GATHER_SECONDS if call.seq < call.total else 0.0)
         return True
 
     def retry(self, item: Input) -> None:
@@ -296,11 +298,17 @@ class Ledger:
         self._chunks.extend((call.num, idx, data, call) for idx, data in chunks)
         self._soon()
 
-    def _soon(self) -> None:
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            wait = max(_BATCH_SECONDS, self._flushed_at + _BUSY_SECONDS - loop.time())
-            self._timer = loop.call_later(wait, self._flush_later)
+    def _soon(self, due: float = 0.0) -> None:
+        """Write what is pending in a moment, or at a time when somebody is to be told of it."""
+        if due and self._timer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        at = max(loop.time() + _BATCH_SECONDS, self._flushed_at + _BUSY_SECONDS, due)
+        if self._timer is not None:
+            if self._timer.when() <= at:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(at, self._flush_later)
 
     def _flush_later(self) -> None:
         self._timer = None
@@ -309,7 +317,8 @@ class Ledger:
             self.flush()
         except sqlite3.Error as error:
             log.warning("outputs cannot be written now: %s", error)
-            self._timer = asyncio.get_running_loop().call_later(_FULL_SECONDS, self._flush_later)
+            self._flushed_at += _FULL_SECONDS
+            self._soon()
 
     def flush(self) -> None:
         """Write what is pending, then wake those who wait. Raises sqlite3.Error on a full disk; nothing is lost."""
