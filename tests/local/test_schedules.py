@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gpuctl.local import client
+
 from .planes import TestPlane, eventually
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def test_a_plane_that_is_killed_fires_what_was_due_and_nothing_twice(plane: Test
         eventually(lambda: ticks(plane, "killed"))
         plane.crash()
         time.sleep(1.5)
+        eventually(lambda: client.running(plane.state_dir))
     before = len(ticks(plane, "killed"))
     eventually(lambda: len(ticks(plane, "killed")) >= before + 2)
     stop(plane, "killed")
