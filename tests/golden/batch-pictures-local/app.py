@@ -45,6 +45,9 @@ MAX_CONTAINERS = 1
 SHARDS_AT_ONCE = 3
 # Shards handed out at once: what the containers can take, and as many waiting for them.
 AT_ONCE = 2 * MAX_CONTAINERS * SHARDS_AT_ONCE
+# A call, whose own costs are a second or so, hands out as many shards as take so many
+# seconds, of so many bytes at most.
+WORTH_SECONDS, MOST_BYTES = 5.0, 2 << 20
 RETRIES = 2  # further tries of a row that failed
 USD_PER_SECOND: float | None = None  # nothing is charged on this machine
 MAX_USD: float | None = None
@@ -121,10 +124,11 @@ class Worker:
 
     @modal.method()
     def work(
-        self, shard: int, run: str, retry_failed: bool, driver: str = ""
-    ) -> dict[str, Any]:
-        """Answer the rows of a shard; what they came to, and whether that is all."""
-        return self.line.work(shard, run, retry_failed, driver)
+        self, shards: list[int], run: str, retry_failed: bool, driver: str = ""
+    ) -> tuple[list[dict[str, Any]], float]:
+        """Answer the rows of some shards; what those of each came to, and whether that
+        is all; and the seconds that it took."""
+        return self.line.work(shards, run, retry_failed, driver)
 
     @modal.exit()
     def stop(self) -> None:
@@ -187,7 +191,7 @@ def write_whole(file: pathlib.Path, content: bytes) -> None:
         raise
 
 
-def append(file: pathlib.Path, content: bytes) -> None:
+def append(file: pathlib.Path, content: bytes, *, sync: bool = True) -> None:
     """Add all of it to a file that only this process writes to, or nothing. The file is
     never left open: a Volume with open files cannot be reloaded."""
     with file.open("ab", buffering=0) as opened:
@@ -196,7 +200,8 @@ def append(file: pathlib.Path, content: bytes) -> None:
             rest = memoryview(content)
             while rest:
                 rest = rest[opened.write(rest) :]
-            os.fsync(opened.fileno())
+            if sync:
+                os.fsync(opened.fileno())
         except BaseException:
             # The disk is full: half of a line would spoil the next one.
             opened.truncate(before)
@@ -298,15 +303,21 @@ def result_line(
     row: dict[str, Any], answer: object, error: dict[str, str] | None
 ) -> bytes:
     """How a row ended. A ValueError where its answer is not JSON."""
-    line = {"row": row["row"], "id": row["id"]}
+    # The same names in each line: only what differs is encoded.
+    text = '{"row":' + str(row["row"]) + ',"id":' + encode(row["id"])
     if error is None:
-        line["answer"] = answer
+        text += ',"answer":' + encode(answer)
     else:
-        line["error"] = error
+        text += ',"error":' + encode(error)
     if "columns" in row:
-        line["columns"] = row["columns"]
-    text = json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass") + b"\n"
+        text += ',"columns":' + encode(row["columns"])
+    text += "}\n"
+    return text.encode("utf-8", "surrogatepass")
+
+
+encode = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":")
+).encode
 
 
 def cause(error: Exception) -> str:
@@ -376,6 +387,9 @@ class Processor(Protocol):
         """The rows that ended since: each with its answer, or with a Failed. It waits a
         little where none has. Whatever it raises ends the container."""
 
+    def give_back(self) -> list[int]:
+        """The rows that it has not begun with, and that are not its any more."""
+
 
 @dataclasses.dataclass
 class Counts:
@@ -419,20 +433,24 @@ class Shard:
         self.in_flight = 0  # rows that were started and have not ended
         self.settled = threading.Event()  # every row ended, or no more are started
         self.overtaken = False  # another attempt has published all of it
+        self.published = False  # this one has
         name = f"{time.time_ns():020}-{secrets.token_hex(4)}.jsonl"
         self.part = parts_folder(number) / name
         self.part.parent.mkdir(parents=True, exist_ok=True)
+        # Not synced: it is for whoever finds that this container has died, and is in the
+        # Volume by a commit before a row is started.
         begin = {"begin": TASK, "driver": driver}
-        append(self.part, json.dumps(begin).encode() + b"\n")
+        append(self.part, json.dumps(begin).encode() + b"\n", sync=False)
         self.idle = False  # it has said that none of its rows are in the processor
         self.careful = earlier.deaths >= DEATHS
         self.suspects = set(earlier.suspects) if self.careful else set[int]()
         rows = [row for row in lines if row["row"] not in self.results]
-        rows.sort(key=lambda row: row["row"] not in self.suspects)
+        if self.suspects:
+            rows.sort(key=lambda row: row["row"] not in self.suspects)
         self.rows = collections.deque(rows)
         self.tries: dict[int, int] = {}  # of rows that failed alone
         self.rests_until = 0.0  # when the next of those is tried again
-        for row in rows:
+        for row in rows if earlier.guilty is not None else ():
             if row["row"] == earlier.guilty:
                 self.rows.remove(row)
                 self.suspects.clear()
@@ -526,12 +544,22 @@ class Shard:
             self.save_files()
             lines = [self.results[row] for row in sorted(self.results)]
             write_whole(file, gzip.compress(b"".join(lines), compresslevel=1))
+            self.saved = self.counts
+            self.unsaved.clear()
+            self.published = True
         shutil.rmtree(self.part.parent, ignore_errors=True)
 
 
-def published(shard: int) -> dict[str, Any]:
+Told = dict[str, Any]  # what a shard came to, and whether that is all of it
+
+
+def told(counts: Counts, *, ended: bool, **more: str) -> Told:
+    return {**dataclasses.asdict(counts), "ended": int(ended), **more}
+
+
+def told_of_file(shard: int) -> Told:
     counts = Counts.of_lines(read_gzip(answers_file(shard)))
-    return {**dataclasses.asdict(counts), "ended": 1}
+    return told(counts, ended=True)
 
 
 class Line:
@@ -539,7 +567,8 @@ class Line:
     at hand: the end of one is no pause for the others.
 
     One thread has the processor and all rows; one saves what has ended every
-    SAVE_SECONDS; and each call of `work` brings a shard and waits for its end.
+    SAVE_SECONDS; and each call of `work` brings shards and waits for their end. What a
+    call costs itself, most of it commits of the Volume, its shards share.
 
     While the Volume cannot be written no row is started, and after PATIENCE seconds each
     call says so and ends.
@@ -551,7 +580,8 @@ class Line:
         self.busy_rows = 0  # and the rows that ended then
         self.processor = processor
         self.arriving: queue.SimpleQueue[Shard] = queue.SimpleQueue()
-        self.shards: list[Shard] = []
+        self.shards: list[Shard] = []  # of which rows are still to end,
+        self.open: list[Shard] = []  # and those too that are not closed yet
         self.flights: dict[int, tuple[Shard, dict[str, Any], int]] = {}
         self.again: list[tuple[float, int, Shard, dict[str, Any], int]] = []
         self.keys = itertools.count()
@@ -567,52 +597,90 @@ class Line:
     # -- called by each shard's own thread
 
     def work(
-        self, number: int, run: str, retry_failed: bool = False, driver: str = ""
-    ) -> dict[str, Any]:
-        """Answer the rows of a shard that have no answer yet; what they came to, and
-        whether that is all (`ended`). With `retry_failed` an error is no answer. Where
-        the Volume cannot be written: what of it is there, and why (`unwritable`)."""
+        self,
+        numbers: list[int],
+        run: str,
+        retry_failed: bool = False,
+        driver: str = "",
+    ) -> tuple[list[Told], float]:
+        """Answer the rows of some shards that have no answer yet; what those of each came
+        to, and whether that is all (`ended`), and how many seconds all took. With
+        `retry_failed` an error is no answer. Where the Volume cannot be written: what of
+        a shard is there, and why (`unwritable`)."""
+        began = time.monotonic()
         if run != self.run_id:
             self.run_id = run
             self.stopping.clear()
+        shards: dict[int, Shard] = {}
+
+        def begin() -> None:
+            commit(reload=True)  # what other containers did
+            saved(lambda: self.begin(shards, numbers, run, retry_failed, driver))
+
         try:
-            shard: Shard | None = self.patiently(
-                lambda: self.begin(number, run, retry_failed, driver)
-            )
-            if shard is None:  # an attempt that was given up did it
-                return published(number)
+            self.patiently(begin)
         except Unwritable as error:
-            counts = dataclasses.asdict(Counts())
-            return {**counts, "ended": 0, "unwritable": str(error)}
-        self.arriving.put(shard)
-        shard.settled.wait()
-        try:
-            self.patiently(lambda: saved(shard.close))
-        except Unwritable as error:
-            counts = dataclasses.asdict(shard.saved)
-            return {**counts, "ended": 0, "unwritable": str(error)}
+            none = told(Counts(), ended=False, unwritable=str(error))
+            return [none for _ in numbers], time.monotonic() - began
+        with self.disk:
+            self.open += shards.values()
+        for shard in shards.values():
+            self.arriving.put(shard)
+        for shard in shards.values():
+            shard.settled.wait()
+        ends = self.close(list(shards.values()))
         with contextlib.suppress(Exception):  # figures, and no rows
             self.report()  # a job may be over before the saver comes round
         with self.disk:
-            if answers_file(number).exists():
-                return published(number)
-        return {**dataclasses.asdict(shard.saved), "ended": 0}
+            for number in numbers:
+                if number not in ends:  # an attempt that was given up did it
+                    ends[number] = told_of_file(number)
+        return [ends[number] for number in numbers], time.monotonic() - began
 
     def begin(
-        self, number: int, run: str, retry_failed: bool, driver: str
-    ) -> Shard | None:
-        """An attempt; None where there is none to make any more."""
-        found: list[Shard] = []
-
-        def begin() -> None:
+        self,
+        shards: dict[int, Shard],
+        numbers: list[int],
+        run: str,
+        retry_failed: bool,
+        driver: str,
+    ) -> None:
+        """Add an attempt at each shard that has none, and that nobody has published."""
+        for number in numbers:
             if retry_failed:
                 forget_failed(number, run)
-            if not answers_file(number).exists():
-                found.append(Shard(number, driver))
+            if number not in shards and not answers_file(number).exists():
+                shards[number] = Shard(number, driver)
 
-        commit(reload=True)  # what other containers did
-        saved(begin)
-        return found[-1] if found else None
+    def close(self, shards: list[Shard]) -> dict[int, Told]:
+        """Publish what shards came to, of which no row is on its way any more."""
+
+        def close() -> None:
+            for shard in shards:
+                if not shard.published:
+                    shard.close()
+
+        try:
+            if shards:
+                self.patiently(lambda: saved(close))
+        except Unwritable as error:
+            reason = str(error)
+            return {
+                one.number: told(one.saved, ended=False, unwritable=reason)
+                for one in shards
+            }
+        finally:
+            with self.disk:
+                self.open = [shard for shard in self.open if shard not in shards]
+        return {shard.number: self.end_of(shard) for shard in shards}
+
+    def end_of(self, shard: Shard) -> Told:
+        if shard.published:
+            return told(shard.counts, ended=True)
+        with self.disk:
+            if answers_file(shard.number).exists():
+                return told_of_file(shard.number)
+        return told(shard.saved, ended=False)
 
     def patiently(self, write: Callable[[], Any]) -> Any:
         """Try again and again, until the Volume was unwritable for too long."""
@@ -683,11 +751,13 @@ class Line:
 
     def feed(self) -> None:
         if self.stopping.is_set() or self.unwritten is not None:
+            self.take_back()
             return
         for shard in self.shards:
             if self.alone is None and shard.careful:
                 self.feed_carefully(shard)
         if self.alone is not None:
+            self.take_back()
             if not self.flights:
                 self.start_alone(self.alone)
             return
@@ -695,11 +765,9 @@ class Line:
             _, _, shard, row, tries = heapq.heappop(self.again)
             shard.in_flight -= 1
             self.start(shard, row, tries)
-        while True:
-            first = next((s for s in self.shards if s.rows and not s.careful), None)
-            if first is None or not self.has_room():
-                break
-            self.start(first, first.rows.popleft(), 0)
+        for shard in self.shards:
+            while not shard.careful and shard.rows and self.has_room():
+                self.start(shard, shard.rows.popleft(), 0)
 
     def feed_carefully(self, shard: Shard) -> None:
         """The next wave of a shard in which containers died. When that is a single row, it
@@ -726,6 +794,20 @@ class Line:
         self.start(shard, row, shard.tries.get(row["row"], 0))
         if not self.flights:
             self.alone = None
+
+    def take_back(self) -> None:
+        """Have no more rows in the processor than it is busy with."""
+        if self.alone is not None and self.alone.in_flight:
+            return  # it is alone there
+        for key in reversed(self.processor.give_back()):
+            shard, row, tries = self.flights.pop(key)
+            if tries:
+                heapq.heappush(self.again, (time.monotonic(), key, shard, row, tries))
+                continue
+            shard.in_flight -= 1
+            shard.rows.appendleft(row)
+            if shard.careful:  # as a row of which nothing is known yet
+                shard.suspects.add(row["row"])
 
     def has_room(self) -> bool:
         return len(self.flights) < self.processor.capacity
@@ -793,13 +875,16 @@ class Line:
                 say(f"not told: {type(error).__name__}: {error}")
 
     def save(self) -> None:
-        shards = list(self.shards)
+        shards = list(self.open)
 
         def save() -> None:
             if self.unwritten is not None:
                 find_room()
             for shard in shards:
-                shard.save()
+                if shard.settled.is_set() and shard.complete:
+                    shard.close()
+                else:
+                    shard.save()
 
         with self.disk:
             if self.unwritten is not None or any(shard.unsaved for shard in shards):
@@ -812,8 +897,9 @@ class Line:
     def leave(self) -> None:
         """The container is told to end: it does not die of its rows."""
         with self.disk:
-            for shard in list(self.shards):
-                shard.save(b'{"end":"left"}\n')
+            for shard in list(self.open):
+                if not shard.published:
+                    shard.save(b'{"end":"left"}\n')
             volume.commit()
 
     def report(self) -> None:
@@ -995,6 +1081,9 @@ class DiffusersProcessor:
         # While the next pictures are made, these become files.
         self.encoders = concurrent.futures.ThreadPoolExecutor(2, "encoder")
         self.encoding: dict[concurrent.futures.Future[bytes], Picture] = {}
+
+    def give_back(self) -> list[int]:
+        return []  # it has no more than four calls' worth, and answers them
 
     # -- a row
 
@@ -1275,14 +1364,18 @@ class Ledger:
             up = status["containers_up"]
             self.containers = {task: one for task, one in up.items() if len(one) == 5}
 
-    def end(self, shard: int, run: str, counts: dict[str, Any]) -> None:
-        """The last line of a shard is the one that holds."""
-        entry = {**counts, "run": run}
-        line = json.dumps({"shard": shard, **entry}, separators=(",", ":"))
-        # A line of its own, also after one that a crash tore.
-        append(DATA / "ledger.jsonl", b"\n" + line.encode() + b"\n")
-        self.ended[shard] = entry
-        self.now.pop(shard, None)
+    def end(self, run: str, ended: dict[int, dict[str, Any]]) -> None:
+        """What shards came to. The last line of a shard is the one that holds."""
+        entries = {shard: {**counts, "run": run} for shard, counts in ended.items()}
+        lines = [
+            json.dumps({"shard": shard, **entry}, separators=(",", ":"))
+            for shard, entry in entries.items()
+        ]
+        # Lines of their own, also after one that a crash tore.
+        append(DATA / "ledger.jsonl", ("\n" + "\n".join(lines) + "\n").encode())
+        self.ended |= entries
+        for shard in entries:
+            self.now.pop(shard, None)
 
     def heard(self, reports: Iterable[tuple[str, Any]]) -> None:
         """What the containers last said of themselves."""
@@ -1336,6 +1429,7 @@ class Driver:
         self.problem: str | None = None  # why the run is to end before the rows do
         self.state = "running"
         self.over = False  # nothing is being worked on any more
+        self.together = 1  # shards of a call
         self.failures: dict[int, int] = {}
         self.failed = 0  # calls, of all shards
         self.works = False  # a row was answered
@@ -1349,7 +1443,8 @@ class Driver:
         try:
             while (todo and self.goes_on()) or running:
                 while todo and self.goes_on() and len(running) < AT_ONCE:
-                    running.add(asyncio.create_task(self.work(todo.popleft(), todo)))
+                    shards = self.next_shards(todo)
+                    running.add(asyncio.create_task(self.work(shards, todo)))
                 ended, running = await asyncio.wait(
                     running, timeout=1, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -1380,27 +1475,54 @@ class Driver:
         retried = ended.get("run") == self.run
         return self.retry_failed and ended["failed"] > 0 and not retried
 
-    async def work(self, shard: int, todo: collections.deque[int]) -> None:
+    def next_shards(self, todo: collections.deque[int]) -> list[int]:
+        """Those of the next call: more than one where they are quick. They are small
+        ones, so that a container has room for them, and leave enough for all others. One
+        that failed is handed out alone."""
+        most = max(1, min(self.together, len(todo) // (2 * AT_ONCE)))
+        shards = [todo.popleft()]
+        size = input_file(shards[0]).stat().st_size if most > 1 else 0
+        while len(shards) < most and not self.failures.get(shards[0]):
+            size += input_file(todo[0]).stat().st_size
+            like = (todo[0] in self.ledger.ended) == (shards[0] in self.ledger.ended)
+            if size > MOST_BYTES or self.failures.get(todo[0]) or not like:
+                break
+            shards.append(todo.popleft())
+        return shards
+
+    async def work(self, shards: list[int], todo: collections.deque[int]) -> None:
         try:
-            retry = self.retry_failed and shard in self.ledger.ended
-            counts = await Worker().work.remote.aio(shard, self.run, retry, self.name)
+            retry = self.retry_failed and shards[0] in self.ledger.ended
+            worker = Worker()
+            told, seconds = await worker.work.remote.aio(
+                shards, self.run, retry, self.name
+            )
         except Exception as error:  # noqa: BLE001
-            self.fail(shard, todo, error)
+            self.failed += 1
+            for shard in shards:
+                self.fail(shard, todo, error)
             return
-        ended, reason = counts.pop("ended"), counts.pop("unwritable", None)
-        if reason is not None:
-            self.stop_unwritten(reason)
+        # So many that they take as long as a call is worth, at most twice as many.
+        more = min(2.0, WORTH_SECONDS / max(seconds, 0.001))
+        self.together = max(1, int(len(shards) * more))
+        ended: dict[int, dict[str, Any]] = {}
+        for shard, counts in zip(shards, told, strict=True):
+            is_all, reason = counts.pop("ended"), counts.pop("unwritable", None)
+            if reason is not None:
+                self.stop_unwritten(reason)
+            if is_all:
+                ended[shard] = counts
+            if shard not in self.ledger.ended:
+                self.ledger.now[shard] = counts
         while ended:
             try:
-                self.ledger.end(shard, self.run, counts)
+                self.ledger.end(self.run, ended)
                 break
             except OSError as error:
                 self.failed_to_write(error)
             if self.state != "running":
                 break  # its answers are there, and the next run finds them
             await asyncio.sleep(SAVE_SECONDS)
-        if shard not in self.ledger.ended:
-            self.ledger.now[shard] = counts
 
     def fail(self, shard: int, todo: collections.deque[int], error: Exception) -> None:
         """A shard comes again, and again; but a job of which nothing works is ended."""
@@ -1412,7 +1534,6 @@ class Driver:
             self.reached[shard] = len(results)
             self.failures[shard] = 0
         self.failures[shard] = self.failures.get(shard, 0) + 1
-        self.failed += 1
         self.works = self.works or bool(self.ledger.ended) or len(results) > len(errors)
         hopeless = not self.works and self.failed >= 3
         if hopeless or self.failures[shard] >= MOST_FAILURES or deadly > MOST_DEADLY:
