@@ -130,11 +130,26 @@ class Progress:
                 )
             if ended < rows:
                 parts.append(f"{duration((rows - ended) / rate)} left")
-        up = status["containers"]
-        parts.append(f"{up} container{'' if up == 1 else 's'}" if up else "waiting for a container")
+        if waits := _waits_for(status, ended):
+            parts.append(waits)
         if status["usd"] is not None:
             parts.append(f"${status['usd']:.2f}")
         return ", ".join(parts)
+
+
+def _waits_for(status: Mapping[str, Any], ended: int) -> str:
+    """Who is at work, or what nobody can go on without."""
+    up, loading = status["containers"], status.get("containers_loading") or 0
+    if status["state"] != RUNNING:
+        return f"{up} container{'' if up == 1 else 's'}" if up else ""
+    if ended == status["rows"]:
+        return "collecting the answers"
+    if not up:
+        return "waiting for a container"
+    containers = f"{up} container{'' if up == 1 else 's'}"
+    if loading == up:
+        return f"{containers}, loading"
+    return f"{containers}, {loading} of them loading" if loading else containers
 
 
 def _bar(ended: int, rows: int, width: int = 20) -> str:

@@ -493,3 +493,25 @@ def test_shards_that_ended_together_are_lines_of_the_ledger(driver: Any) -> None
     again = type(driver.ledger)()
     assert again.ended == driver.ledger.ended == {shard: {**counts, "run": "run"} for shard in (4, 5)}
     assert not driver.ledger.now
+
+
+def test_a_container_that_loads_says_so_until_it_can_answer(runtime: ModuleType) -> None:
+    told: list[Any] = []
+    twice = threading.Event()
+
+    def put(task: str, report: dict[str, Any]) -> None:
+        told.append((task, report["up"][2], report["shards"]))
+        if len(told) == 1:
+            raise ConnectionError("not now")  # which is no reason not to load
+        twice.set()
+
+    runtime.live.put = put
+    with pytest.raises(MemoryError), runtime.loading():
+        assert twice.wait(30)
+        raise MemoryError
+    count = len(told)
+    assert set(map(repr, told)) == {"('ta-1', None, {})"}
+    shard(runtime, [{}])
+    runtime.Line(Echo(runtime)).work([0], "run")
+    assert all(ready is not None for _, ready, _ in told[count:]), "and no more once it does"
+    assert len(told) > count

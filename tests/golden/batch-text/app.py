@@ -31,7 +31,7 @@ import time
 import traceback
 import types
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import modal
@@ -147,7 +147,9 @@ class Worker:
 
     @modal.enter()
     def start(self) -> None:
-        self.line = Line(VllmProcessor())
+        with loading():
+            processor = VllmProcessor()
+        self.line = Line(processor)
 
     @modal.method()
     def work(
@@ -919,10 +921,40 @@ class Line:
 
     def report(self) -> None:
         """Say how far it is, and hear whether to stop."""
-        up = [BEGAN, time.time(), self.ready, self.busy_seconds, self.busy_rows]
-        live.put(TASK, {"up": up, "shards": self.counted})
+        tell_driver(self.ready, self.busy_seconds, self.busy_rows, self.counted)
         if live.get("stop") == self.run_id:
             self.stopping.set()
+
+
+def tell_driver(
+    ready: float | None,
+    busy_seconds: float,
+    busy_rows: int,
+    shards: dict[int, dict[str, int]],
+) -> None:
+    """That this container is up, and since when it could answer (None: not yet)."""
+    up = [BEGAN, time.time(), ready, busy_seconds, busy_rows]
+    live.put(TASK, {"up": up, "shards": shards})
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Say that the container is up, and cannot answer yet: a model takes minutes, which
+    are paid for, too."""
+    loaded = threading.Event()
+
+    def tell() -> None:
+        while not loaded.wait(SAVE_SECONDS):
+            with contextlib.suppress(Exception):  # figures, and no rows
+                tell_driver(None, 0.0, 0, {})
+
+    teller = threading.Thread(target=tell, name="loading", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        loaded.set()
+        teller.join(timeout=10)  # what is said of it next is not to be overtaken
 
 
 def place(row: dict[str, Any]) -> None:
@@ -1459,9 +1491,9 @@ class Ledger:
         self.rows: int = job["rows"] - job["copies"]
         self.ended: dict[int, dict[str, Any]] = {}
         self.now: dict[int, dict[str, int]] = {}  # shards that are being worked on
-        # When each began, was last seen, and could answer; for how many seconds rows
-        # waited for it, and how many ended then.
-        self.containers: dict[str, list[float]] = {}
+        # When each began, was last seen, and could answer (None: not yet); for how many
+        # seconds rows waited for it, and how many ended then.
+        self.containers: dict[str, list[Any]] = {}
         file = DATA / "ledger.jsonl"
         for line in file.read_bytes().splitlines() if file.exists() else ():
             with contextlib.suppress(ValueError):  # torn by a crash
@@ -1501,8 +1533,9 @@ class Ledger:
             for name in ("rows", "failed", "tokens_in", "tokens_out")
         }
         up = self.containers.values()
+        now = [one for one in up if time.time() - one[1] < 3 * SAVE_SECONDS + 10]
         seconds = sum(seen - began for began, seen, *_ in up)
-        working = sum(seen - ready for _, seen, ready, *_ in up)
+        working = sum(seen - ready for _, seen, ready, *_ in up if ready is not None)
         return {
             "rows": self.rows,
             "done": total["rows"] - total["failed"],
@@ -1511,9 +1544,8 @@ class Ledger:
             "tokens_out": total["tokens_out"],
             "shards": self.shards,
             "shards_ended": len(self.ended),
-            "containers": sum(
-                time.time() - seen < 3 * SAVE_SECONDS + 10 for _, seen, *_ in up
-            ),
+            "containers": len(now),
+            "containers_loading": sum(one[2] is None for one in now),
             "containers_started": len(up),
             "container_seconds": round(seconds, 1),
             "working_seconds": round(working, 1),
