@@ -68,6 +68,21 @@ def lost(target: Target) -> GpuctlError | None:
     )
 
 
+_LITTLE = 1 << 20  # bytes: with less than that nothing is stored any more
+
+
+def disk_is_full(target: Target) -> Path | None:
+    """The folder of this machine's plane, where its disk has no room; None where it has, or the target is Modal's."""
+    if target is not Target.LOCAL:
+        return None
+    folder = state_dir() / "local"
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return None
+    return folder if disk.f_bavail * disk.f_frsize < _LITTLE else None
+
+
 def environment_name(target: Target, wanted: str | None) -> str:
     """The Modal Environment that a command works in, as the client would choose it. It names folders of ours too."""
     flag = "--env"

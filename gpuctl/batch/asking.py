@@ -61,6 +61,17 @@ class Asking:
         self._system = self._template(system, "--system")
         self.options = (str(self.url), prompt, system, self.column)
 
+    @property
+    def asks_the_same(self) -> bool:
+        """Whether the prompt leaves out all that could tell one row from another."""
+        if (
+            self._prompt is None
+            or self.kind not in (*TABLES, Kind.LINES, Kind.TEXT)
+            or self.column is not None
+        ):
+            return False
+        return not self._prompt.columns and not (self._system and self._system.columns)
+
     def body(self, columns: dict[str, Any], where: Path) -> Made:
         """The request that a row's columns make. `where` is the row's own file, or the folder of the table."""
         if self.url is Url.FUNCTION:

@@ -1,4 +1,4 @@
-"""Follow a job that runs until it ends, and show how far it is. May import: batch.remote, errors, times.
+"""Follow a job that runs until it ends, and show how far it is. May import: batch.remote.
 
 The driver says how far it is every other second, as a line of the App's logs; what it last said is in the Volume too,
 and is asked for where the logs are silent.
@@ -11,8 +11,6 @@ import queue
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
-
-from gpuctl.errors import GpuctlError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,11 +53,7 @@ def follow(
                         status = None  # old: nobody says anything
                 if status is None:
                     if now - heard > _LOST:
-                        raise GpuctlError(
-                            f"job {remote.job} says nothing any more",
-                            hint="what it has done is kept; `gpuctl batch resume` goes on from there, and "
-                            "`gpuctl batch logs` tells what happened",
-                        )
+                        raise remote.silent()
                     shown.tick()
                     continue
                 if run is not None and status["run"] != run:

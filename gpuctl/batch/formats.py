@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from gpuctl.batch.sources import not_text
 from gpuctl.errors import usage_error
 
 if TYPE_CHECKING:
@@ -151,6 +152,11 @@ def _readable() -> str:
 
 
 def _no_jsonl(name: str, head: bytes, lines: Sequence[bytes]) -> tuple[str, str]:
+    if lines and not is_text(lines[0]):
+        return (
+            f"{name}: no line of its first {len(lines)} is a JSON object in UTF-8; line 1: {not_text(lines[0])}",
+            "--encoding says what it is, for example latin-1",
+        )
     start = head.lstrip()[:1]
     if start == b"[":
         return (

@@ -122,10 +122,15 @@ class Input:
 
     def warnings(self) -> list[str]:
         """What a user should know of the rows so far."""
-        if not self._others:
-            return []
-        rows = f"{self._others:,} row{'s' * (self._others > 1)}"
-        return [f"{rows} for another model ({self._other_model}): {self._model} answers all of them"]
+        found = []
+        if self._asking.asks_the_same:
+            found.append(
+                "--prompt: names no column, so every row asks the same; {text} stands for column text"
+            )
+        if self._others:
+            rows = f"{self._others:,} row{'s' * (self._others > 1)}"
+            found.append(f"{rows} for another model ({self._other_model}): {self._model} answers all of them")
+        return found
 
     def __iter__(self) -> Iterator[Row]:
         self._start()

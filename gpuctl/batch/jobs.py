@@ -1,7 +1,7 @@
 """Jobs that were started: what is known of each on this machine. May import: errors, files, paths, target.
 
 `STATE/batch/TARGET/ENVIRONMENT/JOB/` has `job.json`, of which the job's Volume has a copy, and `job.py`, the file that
-was deployed. A job of another machine has neither, and is known by its Volume alone.
+was deployed. A job of another machine has neither, and is known by its Volume alone. `inputs.json`: see `stamps`.
 """
 
 from __future__ import annotations

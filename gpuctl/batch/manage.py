@@ -18,6 +18,7 @@ from gpuctl.batch.remote import Remote
 from gpuctl.batch.render import render_batch
 from gpuctl.batch.rows import Url
 from gpuctl.batch.run import destination_of, fetch, resume
+from gpuctl.batch.stamps import changed_inputs
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.reach import environment_name, reach
 from gpuctl.specs.batch import PREFIX
@@ -119,7 +120,8 @@ class Standing:
         if status["tokens_in"]:
             yield f"  {status['tokens_in']:,} tokens in, {status['tokens_out']:,} out"
         spent = "" if status["usd"] is None else f", ${status['usd']:.2f}"
-        yield f"  {duration(status['container_seconds'])} of containers{spent}; {status['containers']} up"
+        up = f"; {status['containers']} up" if self.state == RUNNING else ""
+        yield f"  {duration(status['container_seconds'])} of containers{spent}{up}"
         if status["problem"]:
             yield f"  {status['problem']}"
 
@@ -188,7 +190,9 @@ def fetch_of(remote: Remote, output: str | None, *, overwrite: bool, partial: bo
     if status is None or (state != "done" and not partial):
         raise GpuctlError(
             f"job {job.name} is not done ({state})",
-            hint=f"`{remote.command('wait')}` waits for it, --partial fetches what there is",
+            hint=f"`{remote.command('wait')}` waits for it, --partial fetches what there is"
+            if state == RUNNING
+            else f"`{remote.command('resume')}` goes on with it, --partial fetches what there is",
         )
     return fetch(remote, job, status, console=remote.console)
 
@@ -230,6 +234,11 @@ def resume_job(
         remote.console.note(f"job {job.name} runs already")
         return str(status["run"])
     environment = environment_name(remote.env.target, remote.environment)
+    for name in changed_inputs(remote.env.target, environment, job.name):
+        remote.console.warn(
+            f"{name} changed since job {job.name} of {job.created_at} read it: `resume` goes on with the rows as they "
+            "were then; the command that started it, given again, makes a job of the rows as they are now"
+        )
     file = jobs.folder_of(remote.env.target, environment, job.name) / jobs.FILE_NAME
     if decided is not None:
         for text in decided.notes:

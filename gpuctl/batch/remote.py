@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuctl.errors import GpuctlError
 from gpuctl.modal_cli import MODAL, TIMED_OUT, app_stop_argv, deploy_argv, shown
-from gpuctl.reach import lost, no_environment, own
+from gpuctl.reach import disk_is_full, lost, no_environment, own
 from gpuctl.specs.batch import PREFIX
 from gpuctl.target import Target
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 EVENT = "@gpuctl "  # how a line of the driver begins that is for us
 
 _MISSING = re.compile(r"not found|no such file|does not exist|No Volume named", re.IGNORECASE)
+_NO_ROOM = re.compile(r"Errno 28\b|No space left on device")
 _ALREADY = re.compile(r"already exists", re.IGNORECASE)
 
 
@@ -95,6 +96,12 @@ class Remote:
         """A folder with all that is in it, into the folder `to`."""
         done = self.run("volume", "get", "--force", self.name, path, str(to))
         if done.returncode != 0:
+            if _NO_ROOM.search(done.stderr + done.stdout):
+                raise GpuctlError(
+                    f"the answers were not fetched: no space left on the disk of {to}",
+                    hint="make room, or name a folder with room for what is kept: export XDG_CACHE_HOME=/path; the "
+                    f"answers stay where they are, and `{self.command('fetch')}` gets them",
+                )
             raise self.failed("the answers were not fetched", done)
 
     def remove(self, path: str) -> None:
@@ -187,6 +194,20 @@ class Remote:
 
     def _of_environment(self) -> Sequence[str]:
         return ("--env", self.environment) if self.environment else ()
+
+    def silent(self) -> GpuctlError:
+        """Of a job of which nobody says anything any more: it may be that nobody can."""
+        kept = f"what it has done is kept; `{self.command('resume')}` goes on from there"
+        full = disk_is_full(self.env.target)
+        if full is not None:
+            return GpuctlError(
+                f"job {self.job} stopped: no space left for its Volume, on the disk of {full}",
+                hint=f"make room; {kept}",
+            )
+        return GpuctlError(
+            f"job {self.job} says nothing any more",
+            hint=f"{kept}, and `{self.command('logs')}` tells what happened",
+        )
 
     def failed(self, what: str, done: Completed) -> GpuctlError:
         if gone := lost(self.env.target):

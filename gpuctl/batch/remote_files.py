@@ -25,7 +25,7 @@ from gpuctl.batch.cloud import CODE, PLAN, TRAVELS
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.render import render_batch
 from gpuctl.batch.rows import Url
-from gpuctl.batch.run import Prepared, Summary, asked, go_on, staging
+from gpuctl.batch.run import Prepared, Summary, asked, ended_in_run, go_on, staging
 from gpuctl.batch.shards import Staged
 from gpuctl.cost import usd
 from gpuctl.errors import GpuctlError, usage_error
@@ -268,5 +268,6 @@ def published(remote: Remote, job: Job, status: Mapping[str, Any], *, stamp: str
         output=told["output"],
         errors_file=told["errors"],
         status={**status, "rows": job.rows, "done": told["done"], "failed": told["failed"]},
+        in_run=ended_in_run(status),
         commonest=Counter(dict(told["commonest"])).most_common(),
     )

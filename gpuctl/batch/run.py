@@ -9,6 +9,7 @@ not at all.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ from gpuctl.batch.render import render_batch
 from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Url
 from gpuctl.batch.shards import Staged, portions, stage
+from gpuctl.batch.stamps import before_the_change, changed, save_inputs, stamps
 from gpuctl.cost import usd
 from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.paths import cache_dir
@@ -68,6 +70,7 @@ class Prepared:
     staged: Staged
     source: str
     watch: Watch | None = None  # of rows that are read here
+    inputs: Mapping[str, str] = field(default_factory=dict)  # their files, as `batch.stamps` has them
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Summary:
     output: str | None
     errors_file: str | None
     status: Mapping[str, Any]
+    in_run: int  # rows that ended in the last run
     commonest: list[tuple[str, int]] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
@@ -87,6 +91,7 @@ class Summary:
             "job": self.job,
             "state": self.state,
             **{name: self.status[name] for name in kept},
+            "ended_in_run": self.in_run,
             "seconds": round(self.status["time"] - self.status["began"], 3),
             "output": self.output,
             "errors": self.errors_file,
@@ -151,6 +156,7 @@ def prepared(
 
     spec = decided.spec
     console.say(rows.describe())
+    inputs = stamps(spec.inputs, Path.cwd())
     with staging() as folder:
         watch = Watch(folder / "sample", context=decided.spec.max_model_len)
         with console.spinner("reading …"):
@@ -204,7 +210,9 @@ def prepared(
             put_code(staged.folder, spec, job, made_for=rows.url)
         for warning in rows.warnings():
             console.warn(warning)
-        yield Prepared(job, staged, source, watch)
+        for name in changed(inputs, stamps(spec.inputs, Path.cwd())):
+            console.warn(f"{name} was written to while it was read: the job has its rows as they were then")
+        yield Prepared(job, staged, source, watch, inputs)
 
 
 def before_of(decided: Decided, what: Prepared, *, online: bool, console: Console) -> Before | None:
@@ -277,13 +285,21 @@ def start(
     job = what.job
     bad = f", of which {job.bad:,} can have no answer" if job.bad else ""
     same = f", of which {job.copies:,} ask for what others ask for" if job.copies else ""
-    console.say(f"job {job.name}: {job.rows:,} rows{bad}{same}, in {job.shards:,} shards")
+    console.say(f"job {job.name}: {counted(job.rows, 'row')}{bad}{same}, in {counted(job.shards, 'shard')}")
     remote = Remote(what.job.name, reach(spec.target), spec.environment, runner, console)
     name = what.job.name
     if not remote.create():
         there = remote.read_json("job.json")
         if there is not None:
             return remote, go_on(spec, what, there, remote, environment, console, yes=yes)
+    earlier = before_the_change(spec.target, environment, job, what.inputs)
+    if earlier is not None:
+        other, files = earlier
+        answers = dataclasses.replace(remote, job=other.name).command("fetch")
+        console.note(
+            f"{', '.join(files)} changed since job {other.name} of {other.created_at} read it: this is another job, of "
+            f"all rows as they are now; `{answers}` gets the answers of that one"
+        )
     try:
         estimate = before.tell()
         if (
@@ -296,6 +312,7 @@ def start(
         remote.delete()
         raise
     file = jobs.save(spec.target, environment, what.job, what.source)
+    save_inputs(spec.target, environment, what.job.name, what.inputs)
     upload = _Upload(remote, what)
     try:
         remote.deploy(file)
@@ -364,6 +381,7 @@ def go_on(
             hint=f"another --name, or `{remote.command('rm')}`",
         )
     file = jobs.save(spec.target, environment, what.job, what.source)
+    save_inputs(spec.target, environment, what.job.name, what.inputs)
     status = remote.read_json("status.json")
     if status is not None and status["state"] == "done":
         console.note(
@@ -479,18 +497,30 @@ def fetch(
         output=job.output,
         errors_file=str(where.errors) if output.failed else None,
         status={**status, "rows": job.rows, "done": output.answered, "failed": output.failed},
+        in_run=ended_in_run(status),
         commonest=errors.commonest(_COMMONEST),
     )
+
+
+def ended_in_run(status: Mapping[str, Any]) -> int:
+    """Rows that ended in the last run; of a job that was resumed, others did before."""
+    return max(0, int(status["done"] + status["failed"] - status.get("ended_before", 0)))
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def tell(summary: Summary, console: Console) -> None:
     """The end, for a person."""
     status = summary.status
     seconds = max(status["time"] - status["began"], 0.001)
+    of_run = f", {summary.in_run:,} of them in the last {duration(seconds)}"
     console.done(
-        f"{status['done']:,} rows answered"
+        f"{counted(status['done'], 'row')} answered"
         + (f", {status['failed']:,} failed" if status["failed"] else "")
-        + f" in {duration(seconds)} ({status['rows'] / seconds:,.1f} rows/s): {summary.output}"
+        + (of_run if status.get("ended_before") else f" in {duration(seconds)}")
+        + f" ({summary.in_run / seconds:,.1f} rows/s): {summary.output}"
     )
     if status["tokens_in"]:
         million = (status["tokens_in"] + status["tokens_out"]) / 1e6

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from pathlib import Path  # noqa: TC003 - typer reads the annotations when it runs
@@ -54,6 +55,9 @@ class BatchGroup(TyperGroup):
         own, engine = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
         ctx.meta[_ENGINE_ARGS] = engine
         if own and own[0] not in self.commands and own[0] not in ("-h", "--help"):
+            meant = difflib.get_close_matches(own[0], self.commands, n=1, cutoff=0.75)
+            if meant and not any(word.startswith(("-o", "--output")) for word in own):  # a job needs one
+                raise usage_error(f"gpuctl batch: there is no command {own[0]!r}; did you mean {meant[0]}?")
             own = [_RUN, *own]
         return super().parse_args(ctx, own)
 
@@ -537,11 +541,16 @@ def logs(
     verbose: Verbose = False,
 ) -> None:
     """Show what a job's containers printed."""
+    from gpuctl.batch import jobs
+    from gpuctl.batch.manage import job_of
     from gpuctl.cli.console import Console
     from gpuctl.modal_cli import app_logs_argv
+    from gpuctl.reach import environment_name
 
     console = Console(verbose=verbose)
     remote = _remote(ctx, job, local, env, console)
+    if jobs.get(remote.env.target, environment_name(remote.env.target, env), remote.job) is None:
+        job_of(remote)  # of another machine, or of none
     lines = None
     if tail is not None:
         if not tail.isdecimal() or not 0 < int(tail) < 10**9:

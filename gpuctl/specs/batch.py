@@ -6,6 +6,7 @@ What the input's rows are is not known here: `gpuctl.batch.inputs` finds that ou
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -68,11 +69,48 @@ class FunctionRef:
         file = Path(match["file"])
         if not file.is_file():
             raise usage_error(f"MODEL: there is no file {str(file)!r}, of which {text!r} speaks")
+        near = _not_in(file, match["name"].partition(".")[0])
+        if near is not None:
+            raise usage_error(f"MODEL: {file} has no {match['name']!r}{near}")
         return cls(file, match["name"])
 
     @property
     def title(self) -> str:
         return f"{self.file.name}:{self.name}"
+
+
+def _not_in(file: Path, name: str) -> str | None:
+    """Where nothing at the top of a file can have this name: what was meant, maybe. None: something has, or may have.
+
+    The file is read and not run; where it makes names in a way that only tells when it runs, nobody knows.
+    """
+    import ast
+
+    try:
+        waiting: list[ast.AST] = [ast.parse(file.read_bytes())]
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return None  # maybe of a newer Python, as the container has it
+    names: dict[str, None] = {}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names[node.name] = None
+            waiting += node.decorator_list
+            continue
+        if isinstance(node, ast.Name):
+            if node.id in ("globals", "vars", "locals", "exec", "setattr"):
+                return None
+            if isinstance(node.ctx, ast.Store):
+                names[node.id] = None
+        elif isinstance(node, ast.alias):
+            names[(node.asname or node.name).partition(".")[0]] = None
+        elif isinstance(node, ast.MatchAs | ast.MatchStar) and node.name:
+            names[node.name] = None
+        waiting += ast.iter_child_nodes(node)
+    if name in names or "*" in names or "__getattr__" in names:
+        return None
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 @dataclass(frozen=True)
@@ -471,7 +509,10 @@ def _schema(read: ResourceReader, path: str) -> dict[str, Any] | None:
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        read.problem(f"--json-schema: cannot read {path!r}: {error.strerror}")
+        if path.lstrip().startswith("{"):
+            read.problem("--json-schema: takes the name of a file with the schema in it, not the schema")
+        else:
+            read.problem(f"--json-schema: cannot read {path!r}: {error.strerror}")
     except ValueError as error:
         read.problem(f"--json-schema: {path!r} is not JSON: {error}")
     else:

@@ -119,3 +119,15 @@ def test_it_is_told_before_anybody_is_asked_and_what_was_made_is_taken_away(
     assert err.index("cost: $0.00") < err.index("--yes: needed to start a job on Modal")
     assert ["volume", "delete"] in [call[:2] for call in runner.calls]
     assert "deploy" not in [call[0] for call in runner.calls]
+
+
+@pytest.mark.parametrize("words", [["lss"], ["statsu", "rows-1"], ["cancle", "rows-1", "--now", "--local"]])
+def test_a_verb_with_a_slip_is_no_model(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", *words]) == 2
+    meant = {"lss": "ls", "statsu": "status", "cancle": "cancel"}[words[0]]
+    assert f"there is no command {words[0]!r}; did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_a_schema_in_the_place_of_its_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    err = told(capsys, "tiny", rows("badu"), *ASK, "--json-schema", '{"type": "object"}', code=2)
+    assert "--json-schema: takes the name of a file" in err

@@ -156,6 +156,7 @@ def test_what_was_cancelled_goes_on_where_it_stopped(batch: Batch) -> None:
     batch.plane.modal("volume", "put", "gate", str(batch.folder / "open"), "/open")
     told = batch.json("resume", "long")
     assert (told["state"], told["done"], told["failed"]) == ("done", 990, 10)
+    assert told["ended_in_run"] == 1000 - stopped["done"] - stopped["failed"], "and the speed is of these"
     check_squares(batch, 1000, tries=1)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import pieces
+from gpuctl.errors import GpuctlError
+from gpuctl.specs.batch import FunctionRef
 
 Outcomes = dict[int, Any]
 Run = Callable[..., Outcomes]
@@ -239,3 +241,42 @@ def test_a_quick_function_has_many_rows_at_hand_and_a_slow_one_few(load: Callabl
     assert len(processor.step()) == 1, "what has ended is not kept back for what has not"
     assert processor.give_back() == [1]
     assert processor.step() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "near"),
+    [
+        ("def process(row):\n    return row\n", "proces", "; did you mean 'process'?"),
+        ("class Model:\n    def process(self, row): ...\n", "process", ""),
+        ("def outer():\n    def process(row): ...\n", "process", ""),
+    ],
+)
+def test_a_function_that_the_file_cannot_have_is_refused_before_anything_starts(
+    tmp_path: Path, code: str, name: str, near: str
+) -> None:
+    file = tmp_path / "work.py"
+    file.write_text(code)
+    with pytest.raises(GpuctlError) as refused:
+        FunctionRef.parse(f"{file}:{name}")
+    assert refused.value.problems == (f"MODEL: {file} has no {name!r}{near}",)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if True:\n    def process(row): ...\n",
+        "try:\n    from fast import process\nexcept ImportError:\n    from slow import work as process\n",
+        "process = print\n",
+        "process: object = print\n",
+        "first, *process = 1, 2\n",
+        "from all_of_it import *\n",
+        "def __getattr__(name): ...\n",
+        "globals()['pro' + 'cess'] = print\n",
+        "def process[T](row: T) -> T ???\n",  # maybe of a Python that is newer than this one
+    ],
+)
+def test_a_function_that_may_be_there_is_not_refused(tmp_path: Path, code: str) -> None:
+    file = tmp_path / "work.py"
+    file.write_text(code)
+    assert FunctionRef.parse(f"{file}:process") == FunctionRef(file, "process")
+    assert FunctionRef.parse(f"{file}:process.of_a_part") is not None

@@ -725,3 +725,25 @@ print(peak[1] - peak[0])
             file.writelines(lines(chat(number, note=long)) for number in range(count))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 20
+
+
+def test_a_prompt_that_leaves_the_row_out_is_pointed_out(folder: Path) -> None:
+    put("in.jsonl", '{"text": "a"}\n')
+
+    def warned(prompt: str, **options: Any) -> bool:
+        rows = open_input(["in.jsonl"], prompt=prompt, **options)
+        list(rows)
+        return any("every row asks the same" in warning for warning in rows.warnings())
+
+    assert warned("Summarise: {text")  # a slip of the finger
+    assert not warned("Summarise: {text}")
+    assert not warned("Summarise it.", system="It is: {text}")
+
+
+def test_lines_that_are_no_json_for_their_encoding_name_that(folder: Path) -> None:
+    put("in.jsonl", '{"text": "café"}\n{"text": "thé"}\n'.encode("latin-1"))
+    with pytest.raises(GpuctlError) as refused:
+        open_input(["in.jsonl"], prompt="{text}")
+    assert "line 1: byte 14 of the line, 0xe9, is not UTF-8" in refused.value.problems[0]
+    assert "--encoding" in (refused.value.hint or "")
+    assert prompts(list(open_input(["in.jsonl"], prompt="{text}", encoding="latin-1"))) == ["café", "thé"]

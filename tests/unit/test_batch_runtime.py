@@ -506,9 +506,13 @@ def test_a_container_that_loads_says_so_until_it_can_answer(runtime: ModuleType)
         twice.set()
 
     runtime.live.put = put
-    with pytest.raises(MemoryError), runtime.loading():
+
+    def load() -> None:
         assert twice.wait(30)
         raise MemoryError
+
+    with pytest.raises(MemoryError), runtime.loading():
+        load()
     count = len(told)
     assert set(map(repr, told)) == {"('ta-1', None, {})"}
     shard(runtime, [{}])

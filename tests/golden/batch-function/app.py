@@ -1229,9 +1229,10 @@ class Ledger:
             with contextlib.suppress(ValueError):  # torn by a crash
                 entry = json.loads(line)
                 self.ended[entry.pop("shard")] = entry
+        self.status: dict[str, Any] = {}  # that was told last
         with contextlib.suppress(OSError, ValueError):
-            status = json.loads((DATA / "status.json").read_bytes())
-            up = status["containers_up"]
+            self.status = json.loads((DATA / "status.json").read_bytes())
+            up = self.status["containers_up"]
             self.containers = {task: one for task, one in up.items() if len(one) == 5}
 
     def end(self, run: str, ended: dict[int, dict[str, Any]]) -> None:
@@ -1295,6 +1296,15 @@ class Driver:
         self.retry_failed = retry_failed
         self.ledger = Ledger()
         self.began = time.time()
+        told = self.ledger.status
+        self.run_began = self.began  # maybe with another driver
+        self.ended_before = 0  # rows, in earlier runs
+        if told.get("run") == run:
+            self.run_began = told["began"]
+            self.ended_before = told.get("ended_before", 0)
+        elif told:
+            kept = ("done",) if retry_failed else ("done", "failed")
+            self.ended_before = sum(told[name] for name in kept)
         self.name = secrets.token_hex(4)  # of this driver: the next one has another
         self.problem: str | None = None  # why the run is to end before the rows do
         self.state = "running"
@@ -1476,7 +1486,8 @@ class Driver:
             "state": self.state if self.over else "running",
             "problem": self.problem,
             "time": round(time.time(), 3),
-            "began": round(self.began, 3),
+            "began": round(self.run_began, 3),
+            "ended_before": self.ended_before,
             **self.ledger.figures(),
         }
 

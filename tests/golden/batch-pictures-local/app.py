@@ -120,7 +120,9 @@ class Worker:
 
     @modal.enter()
     def start(self) -> None:
-        self.line = Line(DiffusersProcessor())
+        with loading():
+            processor = DiffusersProcessor()
+        self.line = Line(processor)
 
     @modal.method()
     def work(
@@ -904,10 +906,40 @@ class Line:
 
     def report(self) -> None:
         """Say how far it is, and hear whether to stop."""
-        up = [BEGAN, time.time(), self.ready, self.busy_seconds, self.busy_rows]
-        live.put(TASK, {"up": up, "shards": self.counted})
+        tell_driver(self.ready, self.busy_seconds, self.busy_rows, self.counted)
         if live.get("stop") == self.run_id:
             self.stopping.set()
+
+
+def tell_driver(
+    ready: float | None,
+    busy_seconds: float,
+    busy_rows: int,
+    shards: dict[int, dict[str, int]],
+) -> None:
+    """That this container is up, and since when it could answer (None: not yet)."""
+    up = [BEGAN, time.time(), ready, busy_seconds, busy_rows]
+    live.put(TASK, {"up": up, "shards": shards})
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Say that the container is up, and cannot answer yet: a model takes minutes, which
+    are paid for, too."""
+    loaded = threading.Event()
+
+    def tell() -> None:
+        while not loaded.wait(SAVE_SECONDS):
+            with contextlib.suppress(Exception):  # figures, and no rows
+                tell_driver(None, 0.0, 0, {})
+
+    teller = threading.Thread(target=tell, name="loading", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        loaded.set()
+        teller.join(timeout=10)  # what is said of it next is not to be overtaken
 
 
 def place(row: dict[str, Any]) -> None:
@@ -1351,17 +1383,18 @@ class Ledger:
         self.rows: int = job["rows"] - job["copies"]
         self.ended: dict[int, dict[str, Any]] = {}
         self.now: dict[int, dict[str, int]] = {}  # shards that are being worked on
-        # When each began, was last seen, and could answer; for how many seconds rows
-        # waited for it, and how many ended then.
-        self.containers: dict[str, list[float]] = {}
+        # When each began, was last seen, and could answer (None: not yet); for how many
+        # seconds rows waited for it, and how many ended then.
+        self.containers: dict[str, list[Any]] = {}
         file = DATA / "ledger.jsonl"
         for line in file.read_bytes().splitlines() if file.exists() else ():
             with contextlib.suppress(ValueError):  # torn by a crash
                 entry = json.loads(line)
                 self.ended[entry.pop("shard")] = entry
+        self.status: dict[str, Any] = {}  # that was told last
         with contextlib.suppress(OSError, ValueError):
-            status = json.loads((DATA / "status.json").read_bytes())
-            up = status["containers_up"]
+            self.status = json.loads((DATA / "status.json").read_bytes())
+            up = self.status["containers_up"]
             self.containers = {task: one for task, one in up.items() if len(one) == 5}
 
     def end(self, run: str, ended: dict[int, dict[str, Any]]) -> None:
@@ -1393,8 +1426,9 @@ class Ledger:
             for name in ("rows", "failed", "tokens_in", "tokens_out")
         }
         up = self.containers.values()
+        now = [one for one in up if time.time() - one[1] < 3 * SAVE_SECONDS + 10]
         seconds = sum(seen - began for began, seen, *_ in up)
-        working = sum(seen - ready for _, seen, ready, *_ in up)
+        working = sum(seen - ready for _, seen, ready, *_ in up if ready is not None)
         return {
             "rows": self.rows,
             "done": total["rows"] - total["failed"],
@@ -1403,9 +1437,8 @@ class Ledger:
             "tokens_out": total["tokens_out"],
             "shards": self.shards,
             "shards_ended": len(self.ended),
-            "containers": sum(
-                time.time() - seen < 3 * SAVE_SECONDS + 10 for _, seen, *_ in up
-            ),
+            "containers": len(now),
+            "containers_loading": sum(one[2] is None for one in now),
             "containers_started": len(up),
             "container_seconds": round(seconds, 1),
             "working_seconds": round(working, 1),
@@ -1425,6 +1458,15 @@ class Driver:
         self.retry_failed = retry_failed
         self.ledger = Ledger()
         self.began = time.time()
+        told = self.ledger.status
+        self.run_began = self.began  # maybe with another driver
+        self.ended_before = 0  # rows, in earlier runs
+        if told.get("run") == run:
+            self.run_began = told["began"]
+            self.ended_before = told.get("ended_before", 0)
+        elif told:
+            kept = ("done",) if retry_failed else ("done", "failed")
+            self.ended_before = sum(told[name] for name in kept)
         self.name = secrets.token_hex(4)  # of this driver: the next one has another
         self.problem: str | None = None  # why the run is to end before the rows do
         self.state = "running"
@@ -1606,7 +1648,8 @@ class Driver:
             "state": self.state if self.over else "running",
             "problem": self.problem,
             "time": round(time.time(), 3),
-            "began": round(self.began, 3),
+            "began": round(self.run_began, 3),
+            "ended_before": self.ended_before,
             **self.ledger.figures(),
         }
 
