@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import signal
 import struct
 import subprocess
 import sys
@@ -56,7 +57,10 @@ class Engine:
                 cwd=self.folder,
                 timeout=1500,
             )
-        assert done.returncode == 0, log.read_text(errors="replace")[-6000:]
+        said = log.read_text(errors="replace")
+        # Now and then the interpreter's end aborts over a thread of the engine's, when all has been written.
+        aborted = done.returncode == -signal.SIGABRT and said.rstrip().endswith("without an active exception")
+        assert done.returncode == 0 or aborted, said[-6000:]
 
     def model(self, piece: str, maker: str) -> Path:
         """A model described on the spot."""
@@ -84,6 +88,7 @@ class Engine:
             "kill": kill,
         }
         (self.folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        (self.folder / "answers.json").unlink(missing_ok=True)
         self.run(Path(__file__).with_name("answer.py"), self.folder / "job.json")
         report: dict[str, Any] = json.loads((self.folder / "answers.json").read_text(encoding="utf-8"))
         assert len(report["ended"]) == len(rows)
@@ -96,6 +101,7 @@ class Engine:
         ]
         write_lines(self.folder / "input.jsonl", lines)
         files = ["-i", "input.jsonl", "-o", "output.jsonl"]
+        (self.folder / "output.jsonl").unlink(missing_ok=True)
         self.run("-m", "vllm.entrypoints.openai.run_batch", *files, *arguments)
         output = (self.folder / "output.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in output]
