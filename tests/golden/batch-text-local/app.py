@@ -195,6 +195,13 @@ def read_gzip(file: pathlib.Path) -> list[bytes]:
     return gzip.decompress(file.read_bytes()).splitlines(keepends=True)
 
 
+def read_rows(shard: int) -> list[dict[str, Any]]:
+    """All at once: half of what a line costs to parse is the call."""
+    lines = read_gzip(input_file(shard))
+    rows: list[dict[str, Any]] = json.loads(b"[" + b",".join(lines) + b"]")
+    return rows
+
+
 def write_whole(file: pathlib.Path, content: bytes) -> None:
     """Replace a file, or leave it as it is: there is never half of one."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +312,7 @@ def forget_failed(shard: int, run: str) -> None:
     file, mark = answers_file(shard), DATA / "retried" / f"{shard:06}"
     if (mark.exists() and mark.read_text() == run) or not file.exists():
         return
-    rows = [json.loads(line) for line in read_gzip(input_file(shard))]
+    rows = read_rows(shard)
     never = {row["row"] for row in rows if "bad" in row}
     kept = [b'{"begin":"retry"}\n']
     for line in read_gzip(file):
@@ -441,7 +448,7 @@ class Shard:
 
     def __init__(self, number: int, driver: str = "") -> None:
         self.number = number
-        lines = [json.loads(line) for line in read_gzip(input_file(number))]
+        lines = read_rows(number)
         earlier = read_parts(number, driver)
         self.results = earlier.results
         self.total = len(lines)
