@@ -24,7 +24,7 @@ from gpuctl import catalog, paths
 from paired import line, options
 
 ROOT = Path(__file__).parent.parent
-ROWS = 2000
+ROWS = 6000  # so many that the first and the last of a run count little
 TARGETS = {"bare": 0.95, "run-batch": 1.2}  # ours against each, in rows per second
 
 
@@ -76,6 +76,11 @@ def measured(folder: Path, rounds: int) -> dict[str, list[float]]:
     )
     if done.returncode != 0:
         raise SystemExit(done.stdout + done.stderr)
+    for said in done.stderr.splitlines():
+        if said.startswith(
+            ("ours: ", "bare: ", "run-batch: ")
+        ):  # each run, and what it took of the processors
+            print(f"    {said}")
     times: dict[str, list[float]] = json.loads(done.stdout.rpartition("@")[2].splitlines()[0])
     return times
 

@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 WORDS = ["bado", "kifu", "lomi", "tare", "zuvo"]
 TOKENS = 16
 INPUT, THEIRS = Path("input.jsonl"), Path("theirs.jsonl")
-SHARD, SHARDS_AT_ONCE = 250, 3  # 8 shards of 2,000 rows, as gpuctl makes them for one container
+SHARD, SHARDS_AT_ONCE = 250, 3
 
 
 def messages(number: int) -> list[dict[str, str]]:
