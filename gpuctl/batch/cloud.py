@@ -53,6 +53,7 @@ TRAVELS = (
             "asking",
             "cloud",
             "copies",
+            "filenames",
             "finding",
             "formats",
             "inputs",

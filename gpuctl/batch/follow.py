@@ -135,12 +135,12 @@ def _waits_for(status: Mapping[str, Any], ended: int) -> str:
     """Who is at work, or what nobody can go on without."""
     up, loading = status["containers"], status.get("containers_loading") or 0
     if status["state"] != RUNNING:
-        return f"{up} container{'' if up == 1 else 's'}" if up else ""
+        return counted(up, "container") if up else ""
     if ended == status["rows"]:
         return "collecting the answers"
     if not up:
         return "waiting for a container"
-    containers = f"{up} container{'' if up == 1 else 's'}"
+    containers = counted(up, "container")
     if loading == up:
         return f"{containers}, loading"
     return f"{containers}, {loading} of them loading" if loading else containers
@@ -149,6 +149,11 @@ def _waits_for(status: Mapping[str, Any], ended: int) -> str:
 def _bar(ended: int, rows: int, width: int = 20) -> str:
     full = round(width * ended / rows) if rows else width
     return "█" * full + "░" * (width - full) + " "
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

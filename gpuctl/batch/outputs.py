@@ -17,10 +17,11 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.batch.answers import answer_of, as_text, dumps, srt, vtt
+from gpuctl.batch.filenames import Names
 from gpuctl.batch.formats import suffix_of
 from gpuctl.batch.newfile import NewFile, told
 from gpuctl.batch.parquet import ParquetTable
-from gpuctl.batch.pictures import AsFiles, InLines, Names
+from gpuctl.batch.pictures import AsFiles, InLines
 from gpuctl.batch.rows import Url
 from gpuctl.batch.sources import need_pyarrow
 from gpuctl.errors import usage_error

@@ -26,7 +26,7 @@ from gpuctl.batch.before import Watch
 from gpuctl.batch.copies import FILE_NAME as COPIES
 from gpuctl.batch.copies import with_copies
 from gpuctl.batch.errors import Errors
-from gpuctl.batch.follow import RUNNING, alive, duration, follow
+from gpuctl.batch.follow import RUNNING, alive, counted, duration, follow
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.plan import is_pipeline
 from gpuctl.batch.remote import Remote
@@ -505,10 +505,6 @@ def fetch(
 def ended_in_run(status: Mapping[str, Any]) -> int:
     """Rows that ended in the last run; of a job that was resumed, others did before."""
     return max(0, int(status["done"] + status["failed"] - status.get("ended_before", 0)))
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def tell(summary: Summary, console: Console) -> None:

@@ -13,9 +13,9 @@ import pytest
 from pyarrow import parquet
 
 import pieces
+from gpuctl.batch.filenames import Names
 from gpuctl.batch.inputs import Input, open_input
 from gpuctl.batch.outputs import Format, Output, destination
-from gpuctl.batch.pictures import Names
 from gpuctl.batch.rows import Result, Url
 from gpuctl.errors import GpuctlError
 from gpuctl.specs.model import ModelRef
