@@ -315,11 +315,18 @@ def start(
     save_inputs(spec.target, environment, what.job.name, what.inputs)
     upload = _Upload(remote, what)
     try:
-        remote.deploy(file)
-    finally:
-        upload.join()
-    with console.spinner("uploading the rows …"):
-        upload.finish()
+        try:
+            remote.deploy(file)
+        finally:
+            upload.join()
+        with console.spinner("uploading the rows …"):
+            upload.finish()
+    except KeyboardInterrupt:
+        console.warn(
+            f"job {name} was not started, and nothing works on it; the same command goes on, `{remote.command('rm')}` "
+            "removes what is there"
+        )
+        raise
     console.done(f"uploaded and deployed: {name}")
     return remote, remote.start(file)
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fakes import FakeRunner
 from gpuctl.__main__ import main
 from gpuctl.modal_cli import Completed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gpuctl.modal_cli import ModalEnv
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +136,29 @@ def test_a_verb_with_a_slip_is_no_model(words: list[str], capsys: pytest.Capture
 def test_a_schema_in_the_place_of_its_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     err = told(capsys, "tiny", rows("badu"), *ASK, "--json-schema", '{"type": "object"}', code=2)
     assert "--json-schema: takes the name of a file" in err
+
+
+class InterruptedRunner(FakeRunner):
+    """Somebody presses Ctrl-C while the App is deployed."""
+
+    def stream(self, argv: Sequence[str], env: ModalEnv, **told: Any) -> int:
+        self._answer(argv, env)
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_it_is_deployed_tells_what_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODAL_TOKEN_ID", "ak-1")
+    monkeypatch.setenv("MODAL_TOKEN_SECRET", "as-1")
+    done = Completed(0, "", "")
+    runner = InterruptedRunner(
+        {"volume": done, "dict": done, "deploy": done, "billing rates": Completed(1, "", "no")}
+        | {"app list": Completed(0, "[]", "")}
+    )
+    argv = ["batch", "tiny", rows("badu"), *ASK, "--max-tokens", "20", "-o", "out.jsonl", "--yes"]
+    assert main(argv, runner=runner) == 130
+    err = capsys.readouterr().err
+    assert "was not started, and nothing works on it" in err
+    assert "gpuctl batch rm rows-" in err
+    assert not Path("out.jsonl").exists()
