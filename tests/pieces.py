@@ -20,6 +20,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc

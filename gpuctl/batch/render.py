@@ -159,10 +159,11 @@ def _files(spec: BatchSpec) -> dict[str, Any]:
 
 # What the pieces use of the standard library by the module's name, and of collections.abc by its own.
 _MODULES = (
-    "asyncio", "base64", "collections", "concurrent.futures", "contextlib", "dataclasses", "datetime", "functools",
-    "gc", "gzip", "hashlib", "heapq", "importlib.util", "inspect", "io", "itertools", "json", "logging", "math", "os",
-    "pathlib", "pkgutil", "queue", "random", "re", "secrets", "shlex", "shutil", "struct", "subprocess", "sys",
-    "tempfile", "threading", "time", "traceback", "types", "urllib.parse", "urllib.request", "uuid",
+    "asyncio", "base64", "collections", "concurrent.futures", "contextlib", "copy", "dataclasses", "datetime",
+    "functools", "gc", "gzip", "hashlib", "heapq", "importlib.util", "inspect", "io", "itertools", "json",
+    "logging", "math", "os", "pathlib", "pkgutil", "queue", "random", "re", "secrets", "shlex", "shutil", "struct",
+    "subprocess", "sys", "tempfile", "threading", "time", "traceback", "types", "urllib.parse", "urllib.request",
+    "uuid",
 )  # fmt: skip
 _ABSTRACT = ("AsyncIterator", "Awaitable", "Callable", "Iterable", "Iterator", "Mapping", "Sequence")
 

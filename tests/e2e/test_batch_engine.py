@@ -160,7 +160,16 @@ SCHEMA = {"type": "string", "enum": ["yes", "no"]}  # nothing that a random mode
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 ANSWERED = [
     *(chat(f"bado kifu {n}") for n in range(600)),  # more than the engine takes at once
-    chat("Hello!", n=3, temperature=1.0, seed=5),
+    # Rows that have all but what they ask in common, of each kind several.
+    *(chat(f"bado {'kifu ' * n}", max_tokens=None, max_completion_tokens=n % 3 + 1) for n in range(9)),
+    *(chat(f"Hello {n}!", echo=True, min_tokens=2, seed=7, user="someone") for n in range(3)),
+    *(
+        chat(text, add_special_tokens=True)
+        for text in ("", " ", "a<|said|>b", "é́ \U0001f600 ǅ\n\n", "bado " * 600)
+    ),
+    *(chat("bado " * n, truncate_prompt_tokens=40) for n in (5, 600)),
+    *(chat("bado " * n, max_tokens=None) for n in (2020, 2025)),  # as many tokens as there is room for
+    *(chat(f"Hello {n}!", n=3, temperature=1.0, seed=5) for n in range(2)),
     chat("Hello!", logprobs=True, top_logprobs=2),
     chat("Hello!", stop=["a", "e", "i"], max_tokens=100),
     chat("Hello!", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}),
@@ -175,6 +184,8 @@ COMPLETED: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
     (completion("Hello!"), lambda body: body["usage"]["completion_tokens"] == 12),
     (completion(["a", "b", "c"]), lambda body: [choice["index"] for choice in body["choices"]] == [0, 1, 2]),
     (completion([5, 6, 7]), lambda body: body["usage"]["prompt_tokens"] == 3),
+    (completion("Hello!"), lambda body: body["usage"]["completion_tokens"] == 12),
+    (completion("Goodbye!", echo=True), lambda body: body["choices"][0]["text"].startswith("Goodbye!")),
     (completion("Hello!", echo=True), lambda body: body["choices"][0]["text"].startswith("Hello!")),
     (completion("Hello!", logprobs=1), lambda body: len(body["choices"][0]["logprobs"]["tokens"]) == 12),
     (completion("Hello!", stream=True, stream_options={"include_usage": True}), lambda body: "usage" in body),
@@ -219,7 +230,8 @@ def test_text(engine: Engine) -> None:
     theirs = engine.run_batch(ANSWERED, arguments)
     for ours, other in zip(answered, theirs, strict=True):
         assert same(ours) == near(same(other["response"]["body"]))
-    assert json.loads(answered[603]["choices"][0]["message"]["content"]) in {"yes", "no"}
+    bound = next(n for n, asked in enumerate(ANSWERED) if "response_format" in asked["body"])
+    assert json.loads(answered[bound]["choices"][0]["message"]["content"]) in {"yes", "no"}
 
     for outcome, (_, right) in zip(ended[len(REFUSED) + len(ANSWERED) :], COMPLETED, strict=False):
         assert right(outcome), outcome

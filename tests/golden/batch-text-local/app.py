@@ -11,6 +11,7 @@ for modal 1.6.4; it needs no other package on the machine that deploys it.
 import asyncio
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -1168,6 +1169,7 @@ class VllmProcessor:
 
     def step(self) -> list[tuple[int, object]]:
         self.turn()
+        self.client.send()
         if self.engine.has_unfinished_requests():
             if self.output_is_there():
                 for output in self.engine.step():
@@ -1226,8 +1228,31 @@ class EngineClient:
         self.model_config = engine.model_config
         self.renderer = engine.renderer
         self.input_processor = engine.input_processor
-        self.numbers = itertools.count()
+        self.number = 0
         self.waiting: dict[str, asyncio.Future[Any]] = {}
+        # The engine's process gets many at once: each message that comes alone wakes
+        # threads here and there, beside an engine that is busy.
+        self.unsent: list[tuple[str, Any]] = []
+        self.add_request = engine.engine_core.add_request
+        engine.engine_core.add_request = self.send_later
+
+    def send_later(self, request: Any) -> None:
+        self.unsent.append((str(self.number), request))
+
+    def send(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        unsent = list(self.unsent)
+        self.unsent.clear()
+        for number, request in unsent:
+            try:
+                self.add_request(request)
+            except EngineDeadError:
+                raise
+            except Exception as error:  # noqa: BLE001
+                # It cannot be packed: that is the fault of its row, and of no other.
+                if future := self.waiting.pop(number, None):
+                    future.set_exception(error)
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """There are never more than the engine wants."""
@@ -1245,7 +1270,7 @@ class EngineClient:
         reasoning_parser_kwargs: dict[str, Any] | None = None,
         **_: Any,
     ) -> AsyncIterator[Any]:
-        number = str(next(self.numbers))  # the row's own id may come twice
+        number = self.next_number()
         text = None
         if reasoning_ended is not None or reasoning_parser_kwargs is not None:
             text = prompt.get("prompt")
@@ -1261,7 +1286,7 @@ class EngineClient:
             prompt.reasoning_ended = reasoning_ended
             prompt.reasoning_parser_kwargs = reasoning_parser_kwargs
             sampling_params = prompt.params
-        self.engine.add_request(
+        yield await self.answer(
             number,
             prompt,
             sampling_params,
@@ -1270,7 +1295,6 @@ class EngineClient:
             session_id=session_id,
             prompt_text=text,
         )
-        yield await self.landing(number)
 
     async def encode(
         self,
@@ -1282,27 +1306,35 @@ class EngineClient:
         priority: int = 0,
         **_: Any,
     ) -> AsyncIterator[Any]:
-        number = str(next(self.numbers))
-        self.engine.add_request(
-            number,
+        yield await self.answer(
+            self.next_number(),
             prompt,
             pooling_params,
             lora_request=lora_request,
             priority=priority,
         )
-        yield await self.landing(number)
 
-    def landing(self, number: str) -> "asyncio.Future[Any]":
+    def next_number(self) -> str:
+        self.number += 1  # the row's own id may come twice
+        return str(self.number)
+
+    async def answer(self, number: str, *request: Any, **options: Any) -> Any:
+        self.engine.add_request(number, *request, **options)
         future = asyncio.get_running_loop().create_future()
         self.waiting[number] = future
-        return future
+        if len(self.unsent) >= BURST:
+            self.send()
+        return await future
 
     def land(self, output: Any) -> None:
-        if output.finished:
-            self.waiting.pop(output.request_id).set_result(output)
+        if output.finished and (future := self.waiting.pop(output.request_id, None)):
+            future.set_result(output)
 
     async def add_lora(self, lora_request: Any) -> bool:
         return bool(self.engine.add_lora(lora_request))
+
+
+BURST = 16  # requests that are sent together
 
 
 def quicken(engine: Any) -> None:
@@ -1310,11 +1342,53 @@ def quicken(engine: Any) -> None:
     short ones, most of the time went into handing them over."""
     renderer = engine.renderer
     renderer.get_eos_token_id = functools.cache(renderer.get_eos_token_id)
+    if tokenize := tokenized_plainly(renderer):
+        renderer._tokenize_prompt = tokenize
     for name in ("render_chat", "render_cmpl"):
         render = with_lengths(getattr(renderer, name))
         setattr(renderer, name, render)
         if not engine.model_config.is_multimodal_model:
             setattr(renderer, f"{name}_async", inline(render))
+
+
+def tokenized_plainly(renderer: Any) -> Callable[[Any, Any], Any] | None:
+    """How a text becomes tokens, by what transformers calls in the end: what it does
+    before for batches, pairs and padding takes longer than a short text. None for a
+    tokenizer that has ways of its own."""
+    from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+    tokenizer = renderer.tokenizer
+    # Without what vLLM puts before it, for threads and to keep what does not change.
+    kinds = type(tokenizer).__mro__
+    kind: Any = next(one for one in kinds if one.__module__ != VLLM_S_OWN)
+    if (
+        not isinstance(tokenizer, TokenizersBackend)
+        or kind.__call__ is not PreTrainedTokenizerBase.__call__
+        or kind._encode_plus is not TokenizersBackend._encode_plus
+        or hasattr(tokenizer, "_switch_to_input_mode")
+    ):
+        return None
+    core = copy.deepcopy(tokenizer._tokenizer)
+    core.no_truncation()
+    core.no_padding()
+    core.encode_special_tokens = tokenizer.split_special_tokens
+    by_vllm = renderer._tokenize_prompt
+
+    def tokenize(prompt: Any, params: Any) -> Any:
+        asked = params.get_encode_kwargs()
+        if asked.keys() <= PLAIN and not params.return_token_offsets:
+            (found,) = core.encode_batch_fast(
+                [prompt["prompt"]], add_special_tokens=asked["add_special_tokens"]
+            )
+            if not asked["truncation"] or len(found) <= asked["max_length"]:
+                return renderer._build_tokens_prompt(found.ids, prompt)
+        return by_vllm(prompt, params)
+
+    return tokenize
+
+
+VLLM_S_OWN = "vllm.tokenizers.hf"
+PLAIN = {"truncation", "max_length", "add_special_tokens"}
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
@@ -1440,25 +1514,24 @@ def handlers(state: Any) -> dict[str, Handler]:
 
     found: dict[str, Handler] = {}
 
-    def add(url: str, request: Any, what: str, handle: Handler) -> None:
-        requests = Requests(request, what)
-
+    def add(url: str, requests: Requests, handle: Handler) -> None:
         async def answer(body: dict[str, Any]) -> Any:
             return await handle(requests.of(body))
 
         found[url] = answer
 
     if chat := getattr(state, "openai_serving_chat", None):
-        handle = chat.create_chat_completion
-        add("/v1/chat/completions", ChatCompletionRequest, "messages", handle)
+        alike = chat.parser_cls is None  # which may change a request by what it asks
+        requests = Requests(ChatCompletionRequest, "messages", alike=alike)
+        add("/v1/chat/completions", requests, chat.create_chat_completion)
     if completion := getattr(state, "openai_serving_completion", None):
-        handle = completion.create_completion
-        add("/v1/completions", CompletionRequest, "prompt", handle)
+        requests = Requests(CompletionRequest, "prompt", alike=True)
+        add("/v1/completions", requests, completion.create_completion)
     if embedding := getattr(state, "serving_embedding", None):
         if not embedding.model_config.is_multimodal_model:
             embedding.io_processor.render_async = inline(embedding.io_processor.render)
         embedding._postprocessing_async = inline(embedding._postprocessing)
-        add("/v1/embeddings", EmbeddingRequest, "input", embedding)
+        add("/v1/embeddings", Requests(EmbeddingRequest, "input"), embedding)
     if transcription := getattr(state, "openai_serving_transcription", None):
         found["/v1/audio/transcriptions"] = Transcriber(transcription)
     return found
@@ -1467,12 +1540,15 @@ def handlers(state: Any) -> dict[str, Handler]:
 class Requests:
     """Bodies as requests, checked by vLLM. Most rows of a job differ in `what` they ask
     only: where that is a plain text or dialogue, the rest is checked once for all that
-    have the same. Checking each takes longer than answering from a small model."""
+    have the same. Checking each takes longer than answering from a small model.
+    `alike`: and so is what vLLM makes of the rest."""
 
-    def __init__(self, request: Any, what: str) -> None:
+    def __init__(self, request: Any, what: str, *, alike: bool = False) -> None:
         import pydantic
 
         self.validate = pydantic.TypeAdapter(request).validate_python
+        shared = sharing(request) if alike else request
+        self.validate_shared = pydantic.TypeAdapter(shared).validate_python
         self.what = what
         self.known: dict[tuple[Any, ...], Any] = {}
 
@@ -1489,10 +1565,38 @@ class Requests:
         key = (*rest, *(type(value) for _, value in rest))
         known = self.known.get(key)
         if known is None:
-            known = self.validate(body)
+            known = self.validate_shared(body)
             if len(self.known) < MOST_KNOWN:
                 self.known[key] = known
         return known.model_copy(update={self.what: asked, "request_id": random_uuid()})
+
+
+def sharing(request: Any) -> Any:
+    """The same kind of request, of which copies share what vLLM makes of them: all but
+    what they ask is the same."""
+    import pydantic
+
+    class Shared(request):  # type: ignore[misc]
+        _made: dict[Any, Any] = pydantic.PrivateAttr(default_factory=dict)
+
+        def build_tok_params(self, *of: Any) -> Any:
+            made = self.__pydantic_private__["_made"]
+            if (found := made.get("tokens")) is None:
+                found = made["tokens"] = super().build_tok_params(*of)
+            return found
+
+        def to_sampling_params(self, max_tokens: int, *of: Any) -> Any:
+            made = self.__pydantic_private__["_made"]
+            last, found = made.get("sampling", (None, None))
+            if last != max_tokens:
+                found = super().to_sampling_params(max_tokens, *of)
+                made["sampling"] = max_tokens, found
+            return copy.copy(found)
+
+    for name, field in request.model_fields.items():
+        if field.deprecated:
+            setattr(Shared, name, None)  # instead of a warning for each row
+    return Shared
 
 
 SCALARS = {str, int, float, bool}
