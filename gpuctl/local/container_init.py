@@ -284,7 +284,11 @@ class Half:
 
 def connect_tcp(port: int) -> Callable[[], socket.socket]:
     def connect() -> socket.socket:
-        return socket.create_connection(("127.0.0.1", port), timeout=5)
+        # Not create_connection: that imports a codec, of a Python that is no longer there in an image of its own.
+        end = socket.socket(socket.AF_INET)
+        end.settimeout(5)
+        end.connect(("127.0.0.1", port))
+        return end
 
     return connect
 

@@ -299,6 +299,8 @@ class ContainerRuntime:
     async def _overlaid(self, spec: ContainerSpec) -> bool:
         if spec.build_root is not None:  # the build has decided
             return (spec.build_root / "upper").is_dir()
+        if spec.image.engine:
+            return await self._overlays.prepare()
         return await self._overlays.carry(spec.image.tree)
 
     def _filesystem(
@@ -307,12 +309,16 @@ class ContainerRuntime:
         filesystem: sandbox.Filesystem
         if overlaid:
             at = spec.build_root or folder
-            filesystem = self._overlays.root(at, spec.image.tree, self._hide, spec.gpus)
+            whole = bool(spec.image.engine)
+            filesystem = self._overlays.root(at, spec.image.tree, self._hide, spec.gpus, whole=whole)
             places: list[tuple[Path, str]] = []
+            if whole:  # as the file of the same name in an environment of ours
+                (folder / "client.pth").write_text(f"{CLIENT_PATH}/deps\n")
+                filesystem.place(folder / "client.pth", f"{spec.image.packages}/zz_modal_client.pth")
         else:
             filesystem = sandbox.Filesystem(hide=self._hide, gpus=spec.gpus, root=spec.build_root)
             places = self._lay_out(spec, folder, filesystem)
-        for interpreter in sandbox.interpreter_folders(spec.image.base_python):
+        for interpreter in [] if spec.image.engine else sandbox.interpreter_folders(spec.image.base_python):
             filesystem.show(interpreter)
         filesystem.bind(spec.image.client, CLIENT_PATH, read_only=True)
         for volume in spec.volumes:
@@ -409,12 +415,13 @@ class ContainerRuntime:
         return tops(files)
 
     def _environment(self, spec: ContainerSpec, way_out: dict[str, str]) -> dict[str, str]:
-        venv = f"{IMAGE_PATH}/venv"
+        venv, path = f"{IMAGE_PATH}/venv", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        own = {} if spec.image.engine else {"PATH": f"{venv}/bin:{path}", "VIRTUAL_ENV": venv}
         environment = {
-            "PATH": f"{venv}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": path,
             "LANG": "C.UTF-8",
             "HOME": "/root",
-            "VIRTUAL_ENV": venv,
+            **own,
             **way_out,
             **spec.env,
             "MODAL_SERVER_URL": f"unix://{_PLANE_SOCKET}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
+from gpuctl.errors import GpuctlError
 from gpuctl.local.installers import ImageBuildError, Log
 from gpuctl.local.wire import IMAGE_BUILDER_VERSION, Call, not_found, rpc
 
@@ -103,6 +104,13 @@ class Images:
             raise not_found(f"Image '{image_id}' is not built here; deploy the app again.")
         return image
 
+    async def ready(self, image_id: str, say: Log) -> None:
+        """Bring an image here whose files an engine has; `say` is told what takes long. Raises GpuctlError."""
+        try:
+            await self._images.ready(image_id, say)
+        except ImageBuildError as error:
+            raise GpuctlError(str(error)) from error
+
     @rpc("ImageGetOrCreate", differs="what cannot be applied without Docker is warned of; see below")
     async def get_or_create(self, request: Any, _call: Call) -> Any:
         definition, mount_id = request.image, request.image.context_mount_id
@@ -113,9 +121,10 @@ class Images:
         force = (request.force_build or request.ignore_cache) and not self._just_forced(
             request.app_id, image_id
         )
+        outdated = image is None or await self._images.outdated(image_id, definition)
         build = self._builds.get(image_id)
         building = build is not None and build.result is None
-        if image is not None and image.client.is_dir() and not force and not building:
+        if image is not None and not outdated and image.has_client and not force and not building:
             return api_pb2.ImageGetOrCreateResponse(
                 image_id=image_id, result=api_pb2.GenericResult(status=_SUCCESS), metadata=_metadata(image)
             )
@@ -218,7 +227,8 @@ class Images:
 
 def _metadata(image: BuiltImage) -> Any:
     return api_pb2.ImageMetadata(
-        python_version_info=f"Python {image.python_version}",
+        # What an engine built is asked for its Python when its files are here.
+        python_version_info=f"Python {image.python_version}" if image.python_version else "",
         workdir=image.workdir or None,
         image_builder_version=IMAGE_BUILDER_VERSION,
     )

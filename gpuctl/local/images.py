@@ -18,10 +18,12 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
 import sys
+import tarfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,15 +31,29 @@ from typing import TYPE_CHECKING, Any
 
 from modal_proto import api_pb2
 
+from gpuctl.local import recipes
+from gpuctl.local.engine_builds import EngineBuild, Recipe
+from gpuctl.local.engines import Engine, EngineError, Engines
 from gpuctl.local.image_trees import remove_tree
 from gpuctl.local.installers import ImageBuildError, Log, pip_for, run
 from gpuctl.local.layers import BuiltImage, Layer, LayerBuild, RunFunction
 from gpuctl.local.overlays import Overlays
+from gpuctl.local.rootfs import (
+    RootPython,
+    export,
+    find_python,
+    install_client_for,
+    kept_python,
+    run_in,
+    split_client,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
 _OLD, _OLD_SECONDS = "old-", 86400.0  # images that were built again
+_AGAIN = 600.0  # seconds after which an engine is tried again that could not build an image
+_COMPILE = ("-I", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash")
 _FORMAT = 2  # of the trees; raise it when old ones can no longer be used
 
 
@@ -49,14 +65,24 @@ class ImageStore:
     """
 
     def __init__(
-        self, cache_dir: Path, *, hide: tuple[Path, ...] = (), overlays: Overlays | None = None
+        self,
+        cache_dir: Path,
+        *,
+        hide: tuple[Path, ...] = (),
+        overlays: Overlays | None = None,
+        engines: Engines | None = None,
     ) -> None:
         # What the commands of a build may not see: secrets, other images.
         self.hide = (Path.home(), cache_dir.absolute(), *hide)
         self.overlays = overlays or Overlays(cache_dir.absolute() / "host", hide=self.hide)
+        self.engines = engines or Engines()
+        self._recipes: dict[str, Recipe] = {}
+        self._fallen_back: dict[str, float] = {}  # images that an engine could not build, and when
         self._images = cache_dir.absolute() / "images"
         self._clients = cache_dir.absolute() / "clients"
-        for folder in (self._images, self._clients):
+        self._roots = cache_dir.absolute() / "roots"
+        self.pythons = cache_dir.absolute() / "pythons"
+        for folder in (self._images, self._clients, self._roots):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for old in self._images.glob(f"{_OLD}*"):
             if time.time() - old.stat().st_ctime > _OLD_SECONDS:
@@ -95,29 +121,27 @@ class ImageStore:
         `context_files` maps paths in the build context to files on this machine; `python_hint` is the Python version
         that the context brings along (`add_python`). Raises ImageBuildError.
         """
+        recipe = Recipe(image, context_files, secret_env, python_hint, run_function)
+        self._recipes[image_id] = recipe
         folder = self._images / image_id
-        async with _locked(self._images / f"{image_id}.lock"):
-            if (layer := None if force else self._read(image_id)) is None:
+        engine = await self._engine_for(image, log)
+        async with locked(self._images / f"{image_id}.lock"):
+            layer = None if force or await self.outdated(image_id, image) else self._read(image_id)
+            if layer is None:
                 aside = self._images / f"{_OLD}{os.urandom(8).hex()}"
                 if (folder / "image.json").exists():  # containers may run from it: a later plane removes it
                     folder.rename(aside)
                 await asyncio.to_thread(remove_tree, folder)
                 folder.mkdir(mode=0o700)
                 try:
-                    layer = await LayerBuild(
-                        self,
-                        image_id,
-                        folder,
-                        image,
-                        context_files,
-                        secret_env,
-                        log,
-                        python_hint,
-                        run_function,
-                    ).run()
-                    document = asdict(layer)
-                    if not layer.overlaid:
-                        del document["overlaid"]  # an older gpuctl can use it, too
+                    layer = await self._build(engine, image_id, folder, recipe, log, force=force)
+                    await asyncio.to_thread(recipe.write, folder)
+                    newer = (
+                        "overlaid",
+                        "engine",
+                        "engine_image",
+                    )  # an older gpuctl can use those without, too
+                    document = {k: v for k, v in asdict(layer).items() if v or k not in newer}
                     _write_json(folder / "image.json", document)
                 except BaseException as error:
                     await asyncio.to_thread(remove_tree, folder)
@@ -128,8 +152,162 @@ class ImageStore:
                             f"{error.strerror or error}: {error.filename or folder}"
                         ) from error
                     raise
-        await self.ensure_client(layer, log)
+        if not layer.engine:
+            await self.ensure_client(layer, log)
         return self.built(layer)
+
+    # ---- by an engine
+
+    def wants_engine(self, image: api_pb2.Image) -> list[str]:
+        """What of it, or of what it is made from, only an engine applies."""
+        if image.base_images and (parent := self._read(image.base_images[0].image_id)) and parent.engine:
+            return [f"its parent, which {parent.engine} built"]
+        return recipes.beyond(image.dockerfile_commands, recipes.has_program)
+
+    async def outdated(self, image_id: str, image: api_pb2.Image) -> bool:
+        """Whether it was built without an engine that there is now and that it wants, or by one that lost it."""
+        layer = self._read(image_id)
+        if layer is None:
+            return True
+        if layer.engine:
+            if Path(layer.tree).is_dir():
+                return False
+            engine = await self.engines.find()
+            return engine is None or await engine.facts(layer.engine_image) is None
+        if (
+            not self.wants_engine(image)
+            or time.monotonic() - self._fallen_back.get(image_id, -math.inf) < _AGAIN
+        ):
+            return False
+        return await self.engines.find() is not None and await self.overlays.prepare()
+
+    async def _engine_for(self, image: api_pb2.Image, log: Log) -> Engine | None:
+        """The engine that is to build it; None where none need, or can, after a word why."""
+        reasons = self.wants_engine(image)
+        if not reasons or self.engines.refused:
+            return None
+        if not await self.overlays.prepare():
+            log(
+                f"without Docker and Podman, because overlayfs does not mount here: {self.overlays.problem}\n"
+            )
+            return None
+        engine = await self.engines.find()
+        if engine is None:
+            log(f"without Docker and Podman: {self.engines.problem}\n")
+            return None
+        log(f"{engine.name} {engine.version} builds this, for {'; '.join(reasons)}\n")
+        return engine
+
+    async def _build(
+        self, engine: Engine | None, image_id: str, folder: Path, recipe: Recipe, log: Log, *, force: bool
+    ) -> Layer:
+        why = ""
+        if engine is not None:
+            try:
+                parent = await self._parent_in(engine, recipe.image, log, anew=force)
+                return await EngineBuild(self, engine, folder, recipe, log, anew=force).run(image_id, parent)
+            except EngineError as error:
+                self._fallen_back[image_id] = time.monotonic()
+                why = str(error).partition("\n")[0]
+                log(f"warning: {why}\n")
+        parent = self.parent(recipe.image)
+        if parent is not None and parent.engine:
+            raise ImageBuildError(
+                f"{parent.engine} built {parent.id}, from which this is made, and cannot go on: "
+                f"{why or self.engines.problem}; MODAL_FORCE_BUILD=1 builds all of it without"
+            )
+        layer = await LayerBuild(
+            self,
+            image_id,
+            folder,
+            recipe.image,
+            recipe.context,
+            recipe.secret_env,
+            log,
+            recipe.python,
+            recipe.run_function,
+        ).run()
+        layer.warnings += [why] if why else []
+        return layer
+
+    async def _parent_in(self, engine: Engine, image: api_pb2.Image, log: Log, *, anew: bool) -> Layer | None:
+        """The parent as the engine has it: built again by it, all the chain, where it was a virtual environment."""
+        if (layer := self.parent(image)) is None:
+            return None
+        if layer.engine:
+            return layer
+        folder = self._images / layer.id
+        kept = folder / "by-engine.json"
+        async with locked(self._images / f"{layer.id}.lock"):
+            try:
+                twin = Layer(**json.loads(kept.read_text()))
+                if await engine.facts(twin.engine_image) is not None:
+                    return twin
+            except (OSError, ValueError, TypeError):
+                pass
+            recipe = self._recipes.get(layer.id) or Recipe.read(folder)
+            if recipe is None:
+                raise ImageBuildError(
+                    f"its parent {layer.id} was built by an older gpuctl: deploy once more with MODAL_FORCE_BUILD=1"
+                )
+            grandparent = await self._parent_in(engine, recipe.image, log, anew=anew)
+            log(f"{engine.name} builds {layer.id}, from which this is made\n")
+            twin = await EngineBuild(self, engine, folder, recipe, log, anew=anew).run(layer.id, grandparent)
+            _write_json(kept, asdict(twin))
+            return twin
+
+    def root_of(self, engine_image: str) -> Path:
+        """Where the file system of an engine's image belongs."""
+        return self._roots / engine_image
+
+    async def ready(self, image_id: str, log: Log) -> None:
+        """Bring an engine's image here, where that has not been done: its files, its Python, its client.
+
+        Raises ImageBuildError.
+        """
+        layer = self._read(image_id)
+        if layer is not None and layer.engine:
+            await self.ready_layer(layer, log)
+
+    async def ready_layer(self, layer: Layer, log: Log) -> None:
+        """The same, of an engine's image that is not in the cache by itself."""
+        tree = Path(layer.tree)
+        async with locked(self._roots / f"{layer.engine_image}.lock"):
+            if not tree.is_dir():
+                await self._export(layer, tree, log)
+            python = await find_python(self.overlays, tree, layer.env)
+        await self._ensure_engine_client(python, tree, log)
+
+    async def _export(self, layer: Layer, tree: Path, log: Log) -> None:
+        engine = await self.engines.find()
+        if engine is None:
+            raise ImageBuildError(
+                f"{layer.engine} built the image {layer.id}, and is not there: {self.engines.problem}"
+            )
+        log(f"{engine.name} export {engine.tag(layer.id)} (once)\n")
+        making = tree.with_suffix(".making")
+        await asyncio.to_thread(remove_tree, making)
+        try:
+            (making / "files").mkdir(parents=True, mode=0o755)
+            await export(engine, layer.engine_image, making / "files")
+        except (EngineError, OSError, ValueError, tarfile.TarError) as error:
+            await asyncio.to_thread(remove_tree, making)
+            raise ImageBuildError(f"the image {layer.id} could not be exported: {error}") from error
+        making.rename(tree)
+
+    async def _ensure_engine_client(self, python: RootPython, tree: Path, log: Log) -> None:
+        folder = self._clients / f"{python.key}-{importlib.metadata.version('modal')}"
+        async with locked(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                making = folder.with_suffix(".making")
+                await asyncio.to_thread(shutil.rmtree, making, True)
+                log(f"Installing the modal client for the image's Python {python.version} (once)\n")
+                await install_client_for(python, making, log)
+                compile_ = (*_COMPILE, "/__client_new")
+                await run_in(
+                    self.overlays, tree, (python.executable, *compile_), {}, binds={making: "/__client_new"}
+                )
+                making.rename(folder)
 
     def _read(self, image_id: str) -> Layer | None:
         if not re.fullmatch(r"im-[0-9A-Za-z]{22}", image_id):
@@ -140,6 +318,8 @@ class ImageStore:
             return None
         if layer.overlaid and self.overlays.problem:
             return None  # what it removed of this machine's cannot be left out
+        if layer.engine:
+            return layer
         # The interpreter may have been removed or upgraded since; then the environment is of no use.
         return layer if Path(layer.tree).is_dir() and Path(layer.base_python).exists() else None
 
@@ -155,12 +335,19 @@ class ImageStore:
         return layer
 
     def built(self, layer: Layer) -> BuiltImage:
+        python = kept_python(Path(layer.tree)) if layer.engine else None
+        client = self._client_folder(layer)
+        if python is not None:
+            client = self._clients / f"{python.key}-{importlib.metadata.version('modal')}"
         return BuiltImage(
             id=layer.id,
             tree=Path(layer.tree),
-            client=self._client_folder(layer),
+            client=client,
             base_python=layer.base_python,
-            python_version=layer.python_version,
+            python_version=python.version if python else layer.python_version,
+            engine=layer.engine,
+            interpreter=python.executable if python else "",
+            packages=python.site if python else "",
             env=layer.env,
             workdir=layer.workdir,
             entrypoint=tuple(layer.entrypoint),
@@ -171,18 +358,38 @@ class ImageStore:
         python = ".".join(layer.python_version.split(".")[:2])
         return self._clients / f"{python}-{importlib.metadata.version('modal')}-compiled"
 
-    async def install_uv(self, log: Log) -> str:
-        """A uv of our own, where the machine has none; it reads the lock files that only it can read."""
+    async def uv_here(self, log: Log) -> str:
+        """A uv for this machine: its own, or one of ours."""
+        return shutil.which("uv") or await self.install_uv(log)
+
+    async def install_uv(self, log: Log, version: str = "latest", *, anywhere: bool = False) -> str:
+        """A uv of our own, where the machine has none; with `anywhere` one that runs in any image."""
         folder = self._clients / "uv"
-        async with _locked(folder.with_suffix(".lock")):
+        options: list[str] = []
+        if anywhere:
+            folder = self._clients / f"uv-{version}-anywhere"
+            # It is linked to no library at all.
+            machine = os.uname().machine
+            options = ["--only-binary=:all:", "--platform", f"musllinux_1_1_{machine}", "--no-deps"]
+        async with locked(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
-                making = folder.with_suffix(".making")
+                making = folder.with_name(f"{folder.name}.making")
                 await asyncio.to_thread(shutil.rmtree, making, True)
                 log("Installing uv (once)\n")
-                install = ["install", "--quiet", "--target", str(making), "uv"]
+                wanted = "uv" if version == "latest" else f"uv=={version}"
+                install = ["install", "--quiet", *options, "--target", str(making), wanted]
                 await run([*pip_for(sys.executable, sys.executable), *install], log=log)
                 making.rename(folder)
         return str(folder / "bin" / "uv")
+
+    async def bring_uv(self, version: str, folder: Path, log: Log) -> None:
+        """A uv that runs in any image into the context of a build, as uv's own image has it."""
+        uv = Path(await self.install_uv(log, version, anywhere=True))
+        folder.mkdir(parents=True)
+        for program in ("uv", "uvx"):
+            if uv.with_name(program).is_file():
+                await asyncio.to_thread(shutil.copyfile, uv.with_name(program), folder / program)
+                (folder / program).chmod(0o755)
 
     async def ensure_client(self, layer: Layer, log: Log) -> None:
         """Install the modal client for containers, once per Python version.
@@ -193,7 +400,7 @@ class ImageStore:
         folder = self._client_folder(layer)
         if folder.is_dir():
             return
-        async with _locked(folder.with_suffix(".lock")):
+        async with locked(folder.with_suffix(".lock")):
             if folder.is_dir():
                 return
             making = folder.with_suffix(".making")
@@ -210,18 +417,14 @@ class ImageStore:
                 f"modal=={version}",
             ]
             await run([*pip_for(python, layer.base_python), *arguments], log=log)
-            (making / "pkg").mkdir()
-            for entry in list((making / "deps").iterdir()):
-                if entry.name.startswith(("modal", "synchronicity")):
-                    entry.rename(making / "pkg" / entry.name)
+            split_client(making)
             # Containers see it read-only: what is not compiled here, each of them compiles anew, at every start.
-            compileall = ["compileall", "-q", "--invalidation-mode", "unchecked-hash", str(making)]
-            await run([python, "-I", "-m", *compileall], log=log)
+            await run([python, *_COMPILE, str(making)], log=log)
             making.rename(folder)
 
 
 @contextlib.asynccontextmanager
-async def _locked(path: Path) -> AsyncIterator[None]:
+async def locked(path: Path) -> AsyncIterator[None]:
     """Hold an exclusive lock file: other planes may share this cache."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:

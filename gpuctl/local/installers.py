@@ -152,14 +152,14 @@ def without_unreachable_indexes(arguments: list[str], log: Log) -> list[str]:
             out.append(word)
             continue
         url = value if equals else next(pairs, "")
-        if url.startswith(("http://", "https://")) and (reason := _unreachable(url)):
+        if url.startswith(("http://", "https://")) and (reason := unreachable(url)):
             log(f"going on without {option} {url}, which cannot be reached from here: {reason}\n")
         else:
             out += [option, url]
     return out
 
 
-def _unreachable(url: str) -> str | None:
+def unreachable(url: str) -> str | None:
     """None when something listens there (or a proxy stands before it: then pip is left to find out)."""
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)

@@ -1,6 +1,6 @@
 """One layer of an image: its Dockerfile commands applied, one after another, to a copy of its parent.
 
-Imports dockerfile, image_trees, installers, sandbox.
+Imports dockerfile, recipes, image_trees, installers, sandbox.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpuctl.local import dockerfile, sandbox
+from gpuctl.local import dockerfile, recipes, sandbox
 from gpuctl.local.image_trees import (
     CLIENT_PATH,
     IMAGE_PATH,
@@ -64,6 +64,7 @@ class BuiltImage:
 
     `python` is the interpreter's path in the container, `base_python` the one on this machine that it links to;
     `tree` and `client` are folders on this machine; `files` maps paths in the container to files on this machine.
+    What an engine built has neither Python nor client until `ImageStore.ready` has brought its file system here.
     """
 
     id: str
@@ -75,11 +76,20 @@ class BuiltImage:
     workdir: str | None
     entrypoint: tuple[str, ...]
     warnings: tuple[str, ...]
+    # Of an image that an engine built: its root is `files` of its tree, and containers see nothing of this machine's.
+    engine: str = ""
+    interpreter: str = ""
+    packages: str = ""  # where its Python looks for packages, in there
 
     @property
     def python(self) -> Path:
         """The interpreter, as the container sees it."""
-        return Path(IMAGE_PATH) / "venv" / "bin" / "python"
+        return Path(self.interpreter) if self.engine else Path(IMAGE_PATH) / "venv" / "bin" / "python"
+
+    @property
+    def has_client(self) -> bool:
+        """Whether the client for its Python is here, or comes when the rest of it does."""
+        return bool(self.engine) or self.client.is_dir()
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -119,6 +129,8 @@ class Layer:
     shell: list[str] = field(default_factory=lambda: ["/bin/sh", "-c"])
     warnings: list[str] = field(default_factory=list)
     overlaid: bool = False  # whether commands of it wrote to an overlay
+    engine: str = ""  # the one that built it, and its id there; `tree` is then where its file system belongs
+    engine_image: str = ""
 
 
 class LayerBuild:
@@ -339,8 +351,7 @@ class LayerBuild:
         await self._shell(command)
 
     def _warn_of_system_packages(self, packages: list[str]) -> None:
-        # What debian_slim itself installs is the machine's own business.
-        absent = [] if self._official_python else [p for p in packages if not shutil.which(p)]
+        absent = recipes.absent_packages(packages, recipes.has_program, official=self._official_python)
         if absent:
             self._warn(f"system packages are not installed here: {' '.join(absent)}")
 
@@ -358,7 +369,7 @@ class LayerBuild:
         skipped = ("--project", "--compile-bytecode", "--python")
         arguments = [kept.get(o, o) for o in options if not o.startswith(skipped)]
         project, listed = self._on_disk("/.uv"), self._folder / "uv-requirements.txt"
-        uv = shutil.which("uv") or await self._store.install_uv(self._log)
+        uv = await self._store.uv_here(self._log)
         export = ["export", "--quiet", "--project", str(project), "--no-hashes", "--output-file", str(listed)]
         await run([uv, *export, *arguments], log=self._log, cwd=project)
         await self._install(["install", "-r", str(listed)])

@@ -79,9 +79,18 @@ class Overlays:
             for place in made
         )
 
-    def root(self, folder: Path, tree: Path, hide: tuple[Path, ...], gpus: tuple[int, ...] | None) -> Root:
-        """A root of `tree` that writes under `folder`."""
-        return Root(hide=hide, gpus=gpus, overlays=self, folder=folder, tree=tree)
+    def root(
+        self,
+        folder: Path,
+        tree: Path,
+        hide: tuple[Path, ...],
+        gpus: tuple[int, ...] | None,
+        *,
+        whole: bool = False,
+    ) -> Root:
+        """A root of `tree` that writes under `folder`; with `whole` the tree is all of it, without this machine's."""
+        kind = WholeRoot if whole else Root
+        return kind(hide=hide, gpus=gpus, overlays=self, folder=folder, tree=tree)
 
     def _survey(self) -> None:
         remove_tree(self._folder)
@@ -198,7 +207,8 @@ class Root(Filesystem):
         folder: Path,
         tree: Path,
     ) -> None:
-        self._overlays = overlays
+        self._skeleton, self._shared = overlays.skeleton, overlays.shared
+        self._as_they_are = overlays.as_they_are
         self._folder = folder
         self._tree = tree
         self.top = folder / "top"
@@ -207,14 +217,14 @@ class Root(Filesystem):
         super().__init__(hide=hide, gpus=gpus)
 
     def _make_base(self) -> None:
-        overlays, tree = self._overlays, self._tree
-        self._targets = ["/", *overlays.shared, "/root"]
+        tree = self._tree
+        self._targets = ["/", *self._shared, "/root"]
         if (tree / "venv").is_dir():
             self._targets.append(VENV)
         self._devices()
         if resolver := self._resolver():
             self.bind(Path(resolver), resolver, read_only=True)
-        for path in filter(os.path.exists, overlays.as_they_are):
+        for path in filter(os.path.exists, self._as_they_are):
             self.bind(Path(path), path, read_only=True)
             for hidden in self.hide:
                 if hidden.is_relative_to(path) and hidden.is_dir():
@@ -224,7 +234,7 @@ class Root(Filesystem):
 
     def _covered(self, files: Path) -> Iterator[Path]:
         """What the image has in folders that are shown as they are."""
-        for path in self._overlays.as_they_are:
+        for path in self._as_they_are:
             for at, _, names in os.walk(files / path.lstrip("/")):
                 yield from (Path(at, name) for name in names)
 
@@ -277,20 +287,20 @@ class Root(Filesystem):
         upper.chmod(0o700 if target == "/root" else 0o755)
         point = self._make_parents(target)  # a place for the mount, and never none below
         _make(point, 0o755)
-        below = [point, image_place(self._tree, target), self._overlays.skeleton / target.lstrip("/")]
-        below += [Path(target)] if target in self._overlays.shared else []
+        below = [point, image_place(self._tree, target), self._skeleton / target.lstrip("/")]
+        below += [Path(target)] if target in self._shared else []
         lowers = ":".join(_escaped(place) for place in below if place.is_dir() and not place.is_symlink())
         return f"lowerdir={lowers},upperdir={_escaped(upper)},workdir={_escaped(work)},userxattr,index=off,volatile"
 
     def _visible(self, path: str) -> bool:
-        return _lies_in(path, *self._overlays.as_they_are) and super()._visible(path)
+        return _lies_in(path, *self._as_they_are) and super()._visible(path)
 
     def _found(self, path: str) -> Path | None:
         """Where on this machine that is which the container sees at `path`, before it has written anything."""
         target = max((t for t in self._targets if _lies_in(path, t)), key=len)
         inside = os.path.relpath(path, target)
-        layers = [image_place(self._tree, target), self._overlays.skeleton / target.lstrip("/")]
-        layers += [Path(target)] if target in self._overlays.shared or self._visible(path) else []
+        layers = [image_place(self._tree, target), self._skeleton / target.lstrip("/")]
+        layers += [Path(target)] if target in self._shared or self._visible(path) else []
         for place in (self.top / path.lstrip("/"), *(layer / inside for layer in layers)):
             if os.path.lexists(place):
                 return place
@@ -299,6 +309,38 @@ class Root(Filesystem):
     def _real(self, target: str) -> str:
         """`target` with the links followed that the container has there, not those of this machine."""
         return os.path.dirname(follow(f"{target.rstrip('/')}/.x", self._found))
+
+
+class WholeRoot(Root):
+    """The mounts of a container whose image brings its own system: of this machine's files it sees none."""
+
+    def _make_base(self) -> None:
+        self._skeleton, self._shared, self._as_they_are = self._folder / "bare", [], []
+        self._skeleton.mkdir(exist_ok=True)
+        for name in ("dev", "proc", "run", "sys", "tmp"):
+            _make(self._skeleton / name, 0o1777 if name == "tmp" else 0o755)
+        self._targets = ["/"]
+        self._devices()
+        self.bind(Path("/sys"), "/sys", read_only=True)
+        # Names are found as on this machine, whose network it is: the container's own copies.
+        for path in ("/etc/resolv.conf", "/etc/hosts"):
+            if os.path.isfile(path):
+                self._make_parents(path)
+                shutil.copyfile(path, self.top / path.lstrip("/"))
+                (self.top / path.lstrip("/")).chmod(0o644)
+
+    def way_out(self, *, proxies: bool = True) -> dict[str, str]:
+        """As of any; the certificates that this machine trusts are at a place of their own."""
+        found = {n: v for n, v in super().way_out(proxies=proxies).items() if n not in sandbox.CERTIFICATES}
+        shown: dict[str, str] = {}
+        for name in sandbox.CERTIFICATES:
+            value = os.environ.get(name, "")
+            if os.path.isfile(value):
+                if value not in shown:
+                    shown[value] = f"/run/modal/certificates-{len(shown)}.pem"
+                    self.bind(Path(value), shown[value], read_only=True)
+                found[name] = shown[value]
+        return found
 
 
 def _make(folder: Path, mode: int) -> None:
@@ -334,7 +376,7 @@ def _merge(upper: Path, place: Path, host: Path | None) -> None:
         if entry.is_dir(follow_symlinks=False):
             mode = stat.S_IMODE(entry.stat(follow_symlinks=False).st_mode)
             ours.chmod(mode | 0o700)  # without that, its owner could neither read nor move it
-            if theirs.is_dir() and not theirs.is_symlink() and not _is_opaque(ours):
+            if theirs.is_dir() and not theirs.is_symlink() and not is_opaque(ours):
                 theirs.chmod(mode | 0o700)
                 _merge(ours, theirs, below)
                 continue
@@ -343,7 +385,8 @@ def _merge(upper: Path, place: Path, host: Path | None) -> None:
             os.rename(ours, theirs)
 
 
-def _is_opaque(folder: Path) -> bool:
+def is_opaque(folder: Path) -> bool:
+    """Whether it hides what is below it."""
     try:
         return os.getxattr(folder, _OPAQUE) == b"y"
     except OSError:

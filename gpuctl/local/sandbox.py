@@ -32,7 +32,7 @@ EGRESS_PORT = 3128  # where programs in a network of their own find the way out,
 _EGRESS_SOCKET = "/run/modal/egress.sock"
 
 # What names the certificates to trust, in the programs that people run in containers and builds.
-_CERTIFICATES = (
+CERTIFICATES = (
     "AWS_CA_BUNDLE",
     "CURL_CA_BUNDLE",
     "GIT_SSL_CAINFO",
@@ -148,7 +148,7 @@ class Filesystem:
         found = {
             name: value for name, value in os.environ.items() if proxies and name.lower().endswith("_proxy")
         }
-        for name in _CERTIFICATES:
+        for name in CERTIFICATES:
             value = os.environ.get(name, "")
             if os.path.exists(value) and self._visible(os.path.realpath(value)) and self._visible(value):
                 found[name] = value

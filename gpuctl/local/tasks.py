@@ -160,6 +160,7 @@ class Tasks:
             if cards is None:
                 self._finish(task, None)
                 return
+            await self._images.ready(self._image_id(task), lambda text: self._say(task, text))
             spec = adapt(self._spec(task, deployment, cards))
             task.server = spec.isolated_network
             task.isolated = spec.isolated_network or spec.block_network
@@ -180,6 +181,17 @@ class Tasks:
         self._spawn(self._watch(task, task.container))
         with contextlib.suppress(sqlite3.Error):  # on a full disk nobody can be told when it started
             self._store.task_started(task.id, time.time())
+
+    def _image_id(self, task: Task) -> str:
+        data = self._functions.data_of(task.function_id, task.definition_id)
+        return str(data.ranked_functions[0].function.image_id)
+
+    def _say(self, task: Task, text: str) -> None:
+        """What its start waits for."""
+        if task.build is not None:
+            task.build.log(text)
+        else:
+            self._logs.say(task.app_id, task.function_id, task.id, text.rstrip("\n"))
 
     async def _cards(self, task: Task) -> tuple[Card, ...] | None:
         """The GPUs that its function asks for, once they are free; None when it was stopped while it waited."""
