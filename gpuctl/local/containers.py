@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from gpuctl.errors import GpuctlError
 from gpuctl.local import sandbox
 from gpuctl.local.egress import EgressProxy
+from gpuctl.local.gpus import DRIVER_PLACE
 from gpuctl.local.image_trees import CLIENT_PATH, IMAGE_PATH, follow, follow_in, place_in, remove_tree, tops
 from gpuctl.local.overlays import Overlays
 
@@ -429,6 +430,10 @@ class ContainerRuntime:
             # The client's own calls need no way out: a unix socket, and URLs that the egress proxy serves itself.
             "MODAL_DISABLE_API_PROXY": "1",
         }
+        if spec.image.engine and spec.gpus:
+            for name, folder in (("PATH", "bin"), ("LD_LIBRARY_PATH", "lib64")):
+                before = environment.get(name)
+                environment[name] = ":".join(filter(None, (before, f"{DRIVER_PLACE}/{folder}")))
         # As in the cloud: the client's own code first, then what the app mounted.
         environment["PYTHONPATH"] = ":".join(
             filter(None, (f"{CLIENT_PATH}/pkg", "/root", environment.get("PYTHONPATH")))

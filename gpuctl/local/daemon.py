@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
-from gpuctl.local import sockets
+from gpuctl.local import engines, sockets
 from gpuctl.local.client import LOCK_FILE, LOG_FILE, STATE_FILE, process_start
 from gpuctl.local.listeners import Listeners
 
@@ -176,6 +176,7 @@ async def _serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    engines.check()
     # The port first: nothing else takes long, and nothing may be half done when it is taken.
     plane = ControlPlane(state_dir, cache_dir, listeners)
     supervision = None

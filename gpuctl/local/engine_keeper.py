@@ -18,6 +18,7 @@ import threading
 import time
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 16384, 1 << 18
 _PATIENCE = 8.0  # seconds for an engine whose step was ended
 
 
@@ -102,6 +103,10 @@ def main(argv: list[str]) -> int:
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # What a superuser's engine mounts below /var is its own: the kernel lays no overlay upon a folder that has others'
+    # mounts in it, which is what containers need.
+    if os.geteuid() == 0 and libc.unshare(_CLONE_NEWNS) == 0:
+        libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None)
     process: subprocess.Popen[bytes] | None = None
     code = 1
     try:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpuctl.errors import usage_error
 from gpuctl.local.installers import ImageBuildError, Log, copy_output
 from gpuctl.local.recipes import said_by_user
 
@@ -40,6 +41,13 @@ _UNREACHABLE = re.compile(
 )
 # How Podman says that its runtime starts no containers here, whatever the command: a change of root still may do.
 _NO_CONTAINERS = re.compile(r"creating container for \[|error creating (?:container|cgroup)", re.IGNORECASE)
+
+
+def check() -> None:
+    """Raises GpuctlError, exit code 2, for a choice that is none."""
+    chosen = os.environ.get(VARIABLE, "")
+    if chosen and chosen not in CHOICES:
+        raise usage_error(f"{VARIABLE}: unknown engine '{chosen}'; use one of {', '.join(CHOICES)}")
 
 
 class EngineError(Exception):
@@ -269,9 +277,6 @@ class Engines:
 
 
 async def _probe(name: str, problems: list[str]) -> Engine | None:
-    if name not in CHOICES:
-        problems.append(f"{VARIABLE}: unknown engine '{name}'; use one of {', '.join(CHOICES)}")
-        return None
     if shutil.which(name) is None:
         problems.append(f"{name} is not installed")
         return None

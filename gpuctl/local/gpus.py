@@ -8,7 +8,10 @@ CUDA numbers what it finds.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +44,42 @@ def cards(driver: Path = _DRIVER) -> list[Card]:
         if minor.isdecimal() and re.fullmatch(r"GPU-[0-9a-f-]+", uuid):
             found.append(Card(int(minor), uuid, fields.get("Model", "").strip()))
     return sorted(found, key=lambda card: card.minor)
+
+
+DRIVER_PLACE = "/usr/local/nvidia"  # where images built for GPUs look for the driver, of old
+_LIBRARY = re.compile(
+    r"\s*(lib(?:cuda|cudadebugger|nvcuvid|nvoptix|nvidia-[\w-]+|(?:GLX|EGL|GLESv\d\w*)_nvidia)\.so[.\d]*)"
+    r" \([^)]*(?:x86-64|AArch64)[^)]*\) => (/\S+)"
+)
+
+
+def driver_files() -> dict[str, str]:
+    """What of the driver programs need, as {path in DRIVER_PLACE: path here}: an image has none, for any card."""
+    try:
+        done = subprocess.run(
+            ["ldconfig", "-p"],
+            env={"PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    found = driver_libraries(done.stdout)
+    for program in ("nvidia-smi",):
+        if place := shutil.which(program):
+            found[f"bin/{program}"] = place
+    return {inside: os.path.realpath(place) for inside, place in found.items()}
+
+
+def driver_libraries(listing: str) -> dict[str, str]:
+    """Those of a list of `ldconfig -p`, the first of each name."""
+    found: dict[str, str] = {}
+    for line in listing.splitlines():
+        if match := _LIBRARY.fullmatch(line.rstrip()):
+            found.setdefault(f"lib64/{match[1]}", match[2])
+    return found
 
 
 class Gpus:

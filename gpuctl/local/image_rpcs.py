@@ -111,7 +111,7 @@ class Images:
         except ImageBuildError as error:
             raise GpuctlError(str(error)) from error
 
-    @rpc("ImageGetOrCreate", differs="what cannot be applied without Docker is warned of; see below")
+    @rpc("ImageGetOrCreate", differs="what needs Docker or Podman and finds none is warned of; see above")
     async def get_or_create(self, request: Any, _call: Call) -> Any:
         definition, mount_id = request.image, request.image.context_mount_id
         version = request.builder_version or IMAGE_BUILDER_VERSION

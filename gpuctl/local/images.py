@@ -1,12 +1,16 @@
-"""Images: an app's image definition made into folders on this machine, cached by content. Imports layers.
+"""Images: an app's image definition made into folders on this machine, cached by content. Imports layers,
+engine_builds, engines, rootfs.
 
-There is no Docker here. What an image adds in Python packages becomes a virtual environment, installed with this
-machine's own pip (or uv) settings; ENV, WORKDIR, ENTRYPOINT and copied files are applied; shell commands run in a
-sandbox. What cannot be applied (system packages, registry base images) is said, by name, as a warning.
+What an image adds in Python packages becomes a virtual environment, installed with this machine's own pip (or uv)
+settings; ENV, WORKDIR, ENTRYPOINT and copied files are applied; shell commands run in a sandbox. What needs more than
+that (system packages, registry base images) an engine builds, where one runs; else it is said, by name, as a warning.
 
 On disk, under the cache folder:
     images/<image id>/image.json   what the image is; written last: a folder without it is an unfinished build
-    images/<image id>/tree/        what `image_trees` says; or none: a parent's
+    images/<image id>/tree/        what `image_trees` says; or none: a parent's, or a root
+    images/<image id>/definition.pb, context/   what it was made of; by-engine.json, what an engine made of that
+    roots/<engine's id>/           the file system of an engine's image, as `rootfs` says
+    pythons/                       those that uv has downloaded for images
     clients/<python>-<modal>-compiled/   the modal client for containers of that Python: pkg/ (first), deps/ (last)
 """
 

@@ -16,6 +16,7 @@ from gpuctl.local.installers import ImageBuildError, pip_for
 from gpuctl.local.sandbox import CERTIFICATES
 
 _FOLDERS = "/run/gpuctl-folders"  # where a build sees what lies on this machine
+_BEST_FIRST = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", *CERTIFICATES)
 # Settings that say where things are on this machine, and mean nothing elsewhere.
 _MEANINGLESS = {
     *(f"PIP_{n}" for n in ("TARGET", "PREFIX", "ROOT", "USER", "CACHE_DIR", "LOG", "PYTHON", "CONFIG_FILE")),
@@ -52,7 +53,7 @@ def settings(*, binds: bool, certificates_path: str) -> Settings:
         else:
             del found[name]
     found = {**_for_uv(found), **found}
-    bundle = next((v for n in CERTIFICATES if os.path.isfile(v := os.environ.get(n, ""))), "")
+    bundle = next((v for n in _BEST_FIRST if os.path.isfile(v := os.environ.get(n, ""))), "")
     if bundle:
         found |= {n: certificates_path for n in CERTIFICATES if os.path.isfile(os.environ.get(n, ""))}
         found |= dict.fromkeys(("SSL_CERT_FILE", "PIP_CERT"), certificates_path)

@@ -1,7 +1,7 @@
 """A writable root for containers and builds: this machine's folders and an image's below, what is written above.
 
-Imports sandbox, image_trees. Linux's overlayfs does it, in the container's own namespaces: nothing of this machine's
-changes, and what one container writes no other sees. A build's writings become its image's (`merge`).
+Imports sandbox, image_trees, gpus. Linux's overlayfs does it, in the container's own namespaces: nothing of this
+machine's changes, and what one container writes no other sees. A build's writings become its image's (`merge`).
 
 Of every overlay, from the top: what is written (`upper/`), what the client brought and where things are mounted
 (`top/`), the image's tree, a skeleton, this machine's own folder. The skeleton has the folders of this machine that
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from gpuctl.errors import GpuctlError
 from gpuctl.local import sandbox
+from gpuctl.local.gpus import DRIVER_PLACE, driver_files
 from gpuctl.local.image_trees import IMAGE_PATH, follow, remove_tree
 from gpuctl.local.sandbox import Filesystem, Mount
 
@@ -49,6 +50,8 @@ class Overlays:
         self._preparing = asyncio.Lock()
         self._prepared = False
         self.problem = ""  # why there are none
+        self._surveys = 0
+        self._points: set[str] = set()  # where something was mounted then
         self.skeleton = folder / "skeleton"
         self.shared: list[str] = []  # this machine's folders that overlays lie upon
         self.as_they_are: list[str] = []  # those that are shown read-only
@@ -56,7 +59,7 @@ class Overlays:
     async def prepare(self) -> bool:
         """Find out, once, whether and upon what overlays can be made here."""
         async with self._preparing:
-            if not self._prepared:
+            if not self._prepared or self._mounted_since():
                 await asyncio.to_thread(self._survey)
                 await self._try()
                 self._prepared = True
@@ -67,6 +70,13 @@ class Overlays:
                         self.problem,
                     )
         return not self.problem
+
+    def _mounted_since(self) -> bool:
+        """Whether something is mounted now in a folder that overlays lie upon, which the kernel then refuses: others'
+        container engines do that.
+        """
+        points = {point for point, _ in _mount_points()}
+        return any(_lies_in(point, *self.shared) for point in points - self._points)
 
     async def carry(self, tree: Path) -> bool:
         """Whether an image of this tree can be the part of a root."""
@@ -93,11 +103,15 @@ class Overlays:
         return kind(hide=hide, gpus=gpus, overlays=self, folder=folder, tree=tree)
 
     def _survey(self) -> None:
-        remove_tree(self._folder)
+        if not self._surveys:
+            remove_tree(self._folder)
+        self._surveys += 1  # containers lie upon the skeleton of an earlier one
+        self.skeleton = self._folder / f"skeleton-{self._surveys}"
         self.skeleton.mkdir(parents=True)
         for name in ("proc", "dev", "run", "root", "tmp", *(place[1:] for place in sandbox.OWN_PLACES)):
             _make(self.skeleton / name, 0o1777 if name == "tmp" else 0o755)
         kinds = dict(_mount_points())
+        self._points = set(kinds)
         self.shared, self.as_they_are = [], []
         for entry in sorted(os.scandir("/"), key=lambda e: e.name):
             place = self.skeleton / entry.name
@@ -149,7 +163,7 @@ class Overlays:
         """Start a container; without the overlays that the kernel refuses."""
         tree, trial = self._folder / "tree", self._folder / "trial"
         for name in ("a", "b"):
-            (tree / "files" / "__trial" / name).mkdir(parents=True)
+            (tree / "files" / "__trial" / name).mkdir(parents=True, exist_ok=True)
             (tree / "files" / "__trial" / name / "file").touch()
         for _ in range(len(self.shared) + 1):
             trial.mkdir()
@@ -322,6 +336,8 @@ class WholeRoot(Root):
         self._targets = ["/"]
         self._devices()
         self.bind(Path("/sys"), "/sys", read_only=True)
+        for inside, place in driver_files().items() if self.gpus else ():
+            self.bind(Path(place), f"{DRIVER_PLACE}/{inside}", read_only=True)
         # Names are found as on this machine, whose network it is: the container's own copies.
         for path in ("/etc/resolv.conf", "/etc/hosts"):
             if os.path.isfile(path):

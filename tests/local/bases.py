@@ -10,6 +10,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+from gpuctl.local import engine_keeper
 from gpuctl.local.engines import Engine, Engines
 from gpuctl.local.installers import ImageBuildError
 from gpuctl.local.pythons import LIBRARIES, bring_python, needed
@@ -49,6 +50,15 @@ chmod +x /usr/bin/$last
 """
 
 
+def ask(engine: Engine, *argv: str) -> str:
+    """What a command of the engine says.
+
+    As the plane runs them: a superuser's Podman mounts things for all otherwise.
+    """
+    keeper = [sys.executable, "-I", "-S", engine_keeper.__file__, str(os.getpid()), "direct", "0"]
+    return subprocess.run([*keeper, engine.name, *argv], check=True, capture_output=True, text=True).stdout
+
+
 def engine() -> tuple[Engine | None, str]:
     """The engine of this machine, and why there is none."""
     was = os.environ.pop("GPUCTL_LOCAL_ENGINE", None)
@@ -72,10 +82,10 @@ def make(engine: Engine, folder: Path) -> None:
             archive = root.with_suffix(".tar")
             with tarfile.open(archive, "w") as tar:
                 tar.add(root, arcname=".", filter=_roots)
-            subprocess.run([engine.name, "import", str(archive), name], check=True, capture_output=True)
+            ask(engine, "import", str(archive), name)
             archive.unlink()
             shutil.rmtree(root)
-    subprocess.run([engine.name, "tag", WITH_PYTHON, OFFICIAL], check=True, capture_output=True)
+    ask(engine, "tag", WITH_PYTHON, OFFICIAL)
 
 
 def _roots(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gpuctl.local import sandbox
-from gpuctl.local.gpus import Card, Gpus, cards
+from gpuctl.local.gpus import Card, Gpus, cards, driver_libraries
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +35,24 @@ def test_what_the_driver_says(tmp_path: Path) -> None:
     assert cards(tmp_path) == [
         Card(n, f"GPU-{n:08x}-0000-0000-0000-000000000000", "NVIDIA H100 80GB HBM3") for n in (2, 10)
     ]
+
+
+def test_what_images_of_their_own_need_of_the_driver() -> None:
+    listing = """2 libs found in cache `/etc/ld.so.cache'
+\tlibnvidia-ml.so.1 (libc6,x86-64) => /lib/x86_64-linux-gnu/libnvidia-ml.so.1
+\tlibnvidia-ml.so.1 (libc6) => /lib/i386-linux-gnu/libnvidia-ml.so.1
+\tlibcuda.so.1 (libc6) => /lib/i386-linux-gnu/libcuda.so.1
+\tlibcuda.so.1 (libc6,x86-64) => /lib/x86_64-linux-gnu/libcuda.so.1
+\tlibcuda.so (libc6,AArch64) => /usr/lib/aarch64-linux-gnu/libcuda.so
+\tlibcudart.so.12 (libc6,x86-64) => /usr/local/cuda/lib64/libcudart.so.12
+\tlibc.so.6 (libc6,x86-64, OS ABI: Linux 3.2.0) => /lib/x86_64-linux-gnu/libc.so.6
+"""
+    assert driver_libraries(listing) == {
+        "lib64/libnvidia-ml.so.1": "/lib/x86_64-linux-gnu/libnvidia-ml.so.1",
+        "lib64/libcuda.so.1": "/lib/x86_64-linux-gnu/libcuda.so.1",
+        "lib64/libcuda.so": "/usr/lib/aarch64-linux-gnu/libcuda.so",
+    }
+    assert driver_libraries("") == {}
 
 
 def test_a_card_has_one_container_at_a_time() -> None:

@@ -16,7 +16,7 @@ from gpuctl.local.image_trees import remove_tree
 from gpuctl.local.images import ImageStore
 from gpuctl.local.installers import ImageBuildError
 from gpuctl.local.layers import BuiltImage
-from gpuctl.local.overlays import Overlays, make_folder
+from gpuctl.local.overlays import Overlays, _mount_points, make_folder
 
 from .planes import TestPlane
 from .test_runtime import BASE, build, run
@@ -263,3 +263,22 @@ def test_an_app_writes_anywhere(plane: TestPlane) -> None:
         "again": ["absent", "absent"],
     }
     assert not os.path.lexists("/opt/x")
+
+
+def test_what_is_mounted_later_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlays = Overlays(tmp_path / "host", hide=(tmp_path,))
+    if not asyncio.run(overlays.prepare()):
+        pytest.skip(f"overlayfs does not mount here: {overlays.problem}")
+    first = overlays.skeleton
+    asyncio.run(overlays.prepare())
+    assert overlays.skeleton == first, "it looks once"
+    real = list(_mount_points())
+    monkeypatch.setattr(
+        "gpuctl.local.overlays._mount_points", lambda: iter([*real, ("/usr/share/doc", "fuse")])
+    )
+    asyncio.run(overlays.prepare())
+    assert overlays.skeleton != first
+    assert first.is_dir(), "containers that run lie upon it"
+    second = overlays.skeleton
+    asyncio.run(overlays.prepare())
+    assert overlays.skeleton == second

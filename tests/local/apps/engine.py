@@ -43,7 +43,6 @@ docker = modal.Image.from_dockerfile(
 )
 without = modal.Image.from_registry(os.environ.get("T_BARE", "localhost/none"))
 failing = bare.run_commands("echo the reason of it >&2; exit 7")
-absent = modal.Image.from_registry("localhost/gpuctl-tests/no-such-image:1")
 slow = bare.run_commands("echo begun; sleep 9876", force_build=True)
 
 
@@ -99,7 +98,6 @@ work, image = {
     "in_docker": (in_docker, docker),
     "in_without": (nothing, without),
     "in_failing": (nothing, failing),
-    "in_absent": (nothing, absent),
     "in_slow": (nothing, slow),
 }[os.environ.get("T_ONLY", "in_layered")]
 chosen = app.function(image=image, volumes={"/data": volume}, name="chosen")(work)
