@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import operator
 import os
 import shlex
 import shutil
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from modal_proto import api_pb2
 
 from gpuctl.local import machine, recipes
-from gpuctl.local.engines import Engine, Order
+from gpuctl.local.engines import Engine, EngineError, Order
 from gpuctl.local.image_trees import remove_tree
 from gpuctl.local.installers import ImageBuildError, Log, unreachable
 from gpuctl.local.layers import Layer, RunFunction
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gpuctl.local.images import ImageStore
 
 _DEFINITION, _CONTEXT = "definition.pb", "context"
+_NOT_IN_BUILDS = {"volume_mounts": "no Volumes are there", "gpu_config.type": "no GPU is there"}
 # From the client, for Pythons that come without that name.
 _NAMES_PYTHON = "RUN ln -s /usr/local/bin/python3 /usr/local/bin/python"
 # Mount points of a container, and what each container has of its own.
@@ -48,7 +50,13 @@ class Recipe:
     secret_env: Mapping[str, str] = field(default_factory=dict)
     python: str = ""
     run_function: RunFunction | None = None
+    registry_env: Mapping[str, str] = field(default_factory=dict)  # credentials for the registry of its base
     kept: bool = False  # read from the disk: without secrets and functions, which are not kept there
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether it takes more to make it again than what is kept."""
+        return bool(self.image.secret_ids) or self.image.HasField("build_function")
 
     def write(self, folder: Path) -> None:
         """Keep it beside the image, its files as hard links where these can be."""
@@ -154,6 +162,12 @@ class EngineBuild:
             if len(script.encode()) > _LARGEST:
                 raise ImageBuildError("the secrets of this build are too large: all of them, 100 kB at most")
         base = engine.tag(parent.id) if parent else ""
+        for what in ("volume_mounts", "gpu_config.type"):
+            if operator.attrgetter(what)(recipe.image):
+                self._log(f"warning: {_NOT_IN_BUILDS[what]} for the commands of this build\n")
+                layer.warnings.append(
+                    f"{_NOT_IN_BUILDS[what]} for commands that {engine.name} runs in a build"
+                )
         made = recipes.for_engine(
             recipe.image.dockerfile_commands,
             recipes.Given(
@@ -166,7 +180,8 @@ class EngineBuild:
             ),
         )
         for reference in made.bases:
-            await engine.fetch(reference, self._log)
+            login = _login(recipe.image.image_registry_config.registry_auth_type, recipe.registry_env)
+            await engine.fetch(reference, self._log, login, work)
         context = work / "context"
         await self._lay_out(context)
         if recipe.python:
@@ -236,6 +251,17 @@ class EngineBuild:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(file.data)
             place.chmod(0o644)
+
+
+def _login(kind: int, env: Mapping[str, str]) -> tuple[str, str] | None:
+    """The name and password for a registry, as the secret of `from_registry` and its kin has them."""
+    if not env:
+        return None
+    if kind == api_pb2.REGISTRY_AUTH_TYPE_GCP:
+        return "_json_key", env.get("SERVICE_ACCOUNT_JSON", "")
+    if kind == api_pb2.REGISTRY_AUTH_TYPE_AWS:
+        raise EngineError("registries of AWS are not asked from here: their passwords come from AWS's API")
+    return env.get("REGISTRY_USERNAME", ""), env.get("REGISTRY_PASSWORD", "")
 
 
 def _open_to_all(context: Path) -> None:

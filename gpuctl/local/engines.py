@@ -6,6 +6,7 @@ Imports installers, recipes. It is looked for when an image wants it, once; `GPU
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -36,11 +37,15 @@ _UNREACHABLE = re.compile(
     r"dial tcp|no such host|connection refused|i/o timeout|TLS handshake timeout|network is unreachable"
     r"|no route to host"
     r"|context deadline exceeded|Client\.Timeout|certificate|connection reset|proxyconnect|server misbehaving"
-    r"|Temporary failure in name resolution|\bEOF\b|too ?many ?requests|50[0-9] ",
+    r"|Temporary failure in name resolution|\bEOF\b|too ?many ?requests|\b50[0-9]\b",
     re.IGNORECASE,
 )
 # How Podman says that its runtime starts no containers here, whatever the command: a change of root still may do.
 _NO_CONTAINERS = re.compile(r"creating container for \[|error creating (?:container|cgroup)", re.IGNORECASE)
+# How Docker says that it has no BuildKit, without which builds have no secrets; or that its daemon is gone.
+_NO_BUILDER = re.compile(
+    r"buildx component is missing|Cannot connect to the Docker daemon|buildkit not supported", re.IGNORECASE
+)
 
 
 def check() -> None:
@@ -117,14 +122,28 @@ class Engine:
             user=config.get("User") or "",
         )
 
-    async def fetch(self, reference: str, log: Log) -> None:
-        """Get a base image, where it is not there. Raises ImageBuildError for one that there is not, or not for us;
-        EngineError where its registry does not answer.
+    async def fetch(
+        self, reference: str, log: Log, login: tuple[str, str] | None = None, folder: Path | None = None
+    ) -> None:
+        """Get a base image, where it is not there; with `login`, a file of that is in `folder` meanwhile.
+
+        Raises ImageBuildError for one that there is not, or not for us; EngineError where its registry does not answer.
         """
         if await self.facts(reference) is not None:
             return
+        if reference.startswith("localhost/"):
+            raise ImageBuildError(f"FROM {reference}: {self.name} has no image of that name")
         log(f"{self.name} pull {reference}\n")
-        code, tail = await self._say(["pull", reference], log)
+        argv, environment, cleanup = ["pull", reference], {}, []
+        if login is not None and folder is not None:
+            file = folder / "config.json"
+            _write_login(file, reference.partition("/")[0], login)
+            cleanup = ["rm", "-f", str(file)]
+            if self.name == "podman":
+                argv.insert(1, f"--authfile={file}")
+            else:
+                environment["DOCKER_CONFIG"] = str(folder)
+        code, tail = await self._say(argv, log, environment, cleanup)
         if code == 0:
             return
         words = _last_words(tail)
@@ -155,6 +174,8 @@ class Engine:
             log("podman starts no containers here: again with --isolation=chroot\n")
             self._isolation.append("--isolation=chroot")
             code, tail = await self._say([*argv, *self._isolation, str(order.context)], log, environment)
+        if code != 0 and _NO_BUILDER.search(tail):
+            raise EngineError(f"{self.name} build: {_last_words(tail)}")
         if code != 0:
             raise ImageBuildError(f"{self.name} build: {_last_words(tail)}")
 
@@ -189,11 +210,15 @@ class Engine:
         return process.returncode or 0, out.decode(errors="replace"), error.decode(errors="replace")
 
     async def _say(
-        self, argv: list[str], log: Log, environment: Mapping[str, str] | None = None
+        self,
+        argv: list[str],
+        log: Log,
+        environment: Mapping[str, str] | None = None,
+        cleanup: Sequence[str] = (),
     ) -> tuple[int, str]:
         """Run a command whose words go to the log; its exit code and the end of what it said."""
         env = {**os.environ, **(environment or {})}
-        process = await _start([self.name, *argv], env=env, stderr=asyncio.subprocess.STDOUT)
+        process = await _start([self.name, *argv], env=env, stderr=asyncio.subprocess.STDOUT, cleanup=cleanup)
         try:
             tail = await copy_output(process, lambda text: log(said_by_user(text)))
             return await process.wait(), said_by_user(tail)
@@ -228,6 +253,14 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         await asyncio.shield(asyncio.ensure_future(process.wait()))
+
+
+def _write_login(file: Path, registry: str, login: tuple[str, str]) -> None:
+    """For this user alone, and for as long as it is asked with: no engine takes a password in another way."""
+    auth = {"auth": base64.b64encode(":".join(login).encode()).decode()}
+    names = [registry, *(["https://index.docker.io/v1/"] if registry == "docker.io" else [])]
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        json.dump({"auths": dict.fromkeys(names, auth)}, out)
 
 
 def _last_words(tail: str) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from modal_proto import api_pb2
 
 from gpuctl.errors import GpuctlError
+from gpuctl.local.engine_builds import Recipe
 from gpuctl.local.installers import ImageBuildError, Log
 from gpuctl.local.wire import IMAGE_BUILDER_VERSION, Call, not_found, rpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from gpuctl.local.builders import Builders
@@ -121,6 +122,7 @@ class Images:
         force = (request.force_build or request.ignore_cache) and not self._just_forced(
             request.app_id, image_id
         )
+        self._images.remember(image_id, lambda: self._recipe(definition, request.build_function_id))
         outdated = image is None or await self._images.outdated(image_id, definition)
         build = self._builds.get(image_id)
         building = build is not None and build.result is None
@@ -129,22 +131,9 @@ class Images:
                 image_id=image_id, result=api_pb2.GenericResult(status=_SUCCESS), metadata=_metadata(image)
             )
         if not building:
-            context = {file.path: file.host for file in self._mounts.files(mount_id)} if mount_id else {}
-            environment = self._secrets.values(definition.secret_ids)
+            recipe = self._recipe(definition, request.build_function_id)
             build = self._builds[image_id] = _Build(request.app_id if force else None)
-            python = self._mounts.python_version(mount_id) if mount_id else ""
-            build.task = asyncio.create_task(
-                self._run(
-                    build,
-                    image_id,
-                    definition,
-                    context,
-                    environment,
-                    python,
-                    request.build_function_id,
-                    force,
-                )
-            )
+            build.task = asyncio.create_task(self._run(build, image_id, recipe, force))
             build.watch(self._alone_seconds)
         return api_pb2.ImageGetOrCreateResponse(image_id=image_id)
 
@@ -155,32 +144,27 @@ class Images:
             return False
         return build.result is None or time.monotonic() - build.ended_at < _SAME_DEPLOY_SECONDS
 
-    async def _run(
-        self,
-        build: _Build,
-        image_id: str,
-        definition: Any,
-        context: Mapping[str, Path],
-        environment: Mapping[str, str],
-        python: str,
-        function_id: str,
-        force: bool,
-    ) -> None:
+    def _recipe(self, definition: Any, function_id: str) -> Recipe:
+        """What an image is made of. Raises NOT_FOUND for a mount or a secret that is gone."""
+        mount_id = definition.context_mount_id
+        registry = definition.image_registry_config.secret_id
+
         async def run_function(base: BuiltImage, root: Path, log: Log) -> None:
             assert self._builders is not None
             await self._builders.run(function_id, definition.build_function, base, root, log)
 
+        return Recipe(
+            definition,
+            {file.path: file.host for file in self._mounts.files(mount_id)} if mount_id else {},
+            self._secrets.values(definition.secret_ids),
+            self._mounts.python_version(mount_id) if mount_id else "",
+            run_function if function_id else None,
+            self._secrets.values([registry]) if registry else {},
+        )
+
+    async def _run(self, build: _Build, image_id: str, recipe: Recipe, force: bool) -> None:
         try:
-            image = await self._images.build(
-                image_id,
-                definition,
-                context_files=context,
-                secret_env=environment,
-                log=build.log,
-                python_hint=python,
-                run_function=run_function if function_id else None,
-                force=force,
-            )
+            image = await self._images.build_recipe(image_id, recipe, build.log, force=force)
         except ImageBuildError as error:
             build.end(_FAILURE, str(error))
         except asyncio.CancelledError:

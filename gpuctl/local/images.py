@@ -53,9 +53,10 @@ from gpuctl.local.rootfs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
 _OLD, _OLD_SECONDS = "old-", 86400.0  # images that were built again
+_LOCK_SECONDS = 0.05  # between two looks whether a lock is free
 _AGAIN = 600.0  # seconds after which an engine is tried again that could not build an image
 _COMPILE = ("-I", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash")
 _FORMAT = 2  # of the trees; raise it when old ones can no longer be used
@@ -80,7 +81,7 @@ class ImageStore:
         self.hide = (Path.home(), cache_dir.absolute(), *hide)
         self.overlays = overlays or Overlays(cache_dir.absolute() / "host", hide=self.hide)
         self.engines = engines or Engines()
-        self._recipes: dict[str, Recipe] = {}
+        self._recipes: dict[str, Callable[[], Recipe]] = {}
         self._fallen_back: dict[str, float] = {}  # images that an engine could not build, and when
         self._images = cache_dir.absolute() / "images"
         self._clients = cache_dir.absolute() / "clients"
@@ -99,6 +100,8 @@ class ImageStore:
         # Ids of this plane's objects, which change from one deploy to the next; their content counts by `context`.
         definition.ClearField("context_mount_id")
         definition.ClearField("secret_ids")
+        if definition.image_registry_config.secret_id:
+            definition.image_registry_config.ClearField("secret_id")
         digest = hashlib.sha256(definition.SerializeToString(deterministic=True))
         digest.update(f"\0{builder_version}\0{context}\0{_FORMAT}\0{sys.version_info[:2]}".encode())
         return "im-" + digest.hexdigest()[:22]
@@ -126,7 +129,13 @@ class ImageStore:
         that the context brings along (`add_python`). Raises ImageBuildError.
         """
         recipe = Recipe(image, context_files, secret_env, python_hint, run_function)
-        self._recipes[image_id] = recipe
+        return await self.build_recipe(image_id, recipe, log, force=force)
+
+    async def build_recipe(
+        self, image_id: str, recipe: Recipe, log: Log, *, force: bool = False
+    ) -> BuiltImage:
+        """The same."""
+        image = recipe.image
         folder = self._images / image_id
         engine = await self._engine_for(image, log)
         async with locked(self._images / f"{image_id}.lock"):
@@ -161,6 +170,10 @@ class ImageStore:
         return self.built(layer)
 
     # ---- by an engine
+
+    def remember(self, image_id: str, recipe: Callable[[], Recipe]) -> None:
+        """How an image would be made, with its secrets: of one that is built, an engine may have to make another."""
+        self._recipes[image_id] = recipe
 
     def wants_engine(self, image: api_pb2.Image) -> list[str]:
         """What of it, or of what it is made from, only an engine applies."""
@@ -249,10 +262,12 @@ class ImageStore:
                     return twin
             except (OSError, ValueError, TypeError):
                 pass
-            recipe = self._recipes.get(layer.id) or Recipe.read(folder)
-            if recipe is None:
+            known = self._recipes.get(layer.id)
+            recipe = known() if known else Recipe.read(folder)
+            if recipe is None or (recipe.kept and recipe.incomplete):
                 raise ImageBuildError(
-                    f"its parent {layer.id} was built by an older gpuctl: deploy once more with MODAL_FORCE_BUILD=1"
+                    f"{engine.name} has to build its parent {layer.id}, too, and what that is made of is not known "
+                    "here any more: deploy an app that names all of its layers"
                 )
             grandparent = await self._parent_in(engine, recipe.image, log, anew=anew)
             log(f"{engine.name} builds {layer.id}, from which this is made\n")
@@ -276,6 +291,8 @@ class ImageStore:
     async def ready_layer(self, layer: Layer, log: Log) -> None:
         """The same, of an engine's image that is not in the cache by itself."""
         tree = Path(layer.tree)
+        if (kept := kept_python(tree)) and self._client_of(kept).is_dir():
+            return
         async with locked(self._roots / f"{layer.engine_image}.lock"):
             if not tree.is_dir():
                 await self._export(layer, tree, log)
@@ -300,7 +317,7 @@ class ImageStore:
         making.rename(tree)
 
     async def _ensure_engine_client(self, python: RootPython, tree: Path, log: Log) -> None:
-        folder = self._clients / f"{python.key}-{importlib.metadata.version('modal')}"
+        folder = self._client_of(python)
         async with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 making = folder.with_suffix(".making")
@@ -342,7 +359,7 @@ class ImageStore:
         python = kept_python(Path(layer.tree)) if layer.engine else None
         client = self._client_folder(layer)
         if python is not None:
-            client = self._clients / f"{python.key}-{importlib.metadata.version('modal')}"
+            client = self._client_of(python)
         return BuiltImage(
             id=layer.id,
             tree=Path(layer.tree),
@@ -357,6 +374,9 @@ class ImageStore:
             entrypoint=tuple(layer.entrypoint),
             warnings=tuple(layer.warnings),
         )
+
+    def _client_of(self, python: RootPython) -> Path:
+        return self._clients / f"{python.key}-{importlib.metadata.version('modal')}"
 
     def _client_folder(self, layer: Layer) -> Path:
         python = ".".join(layer.python_version.split(".")[:2])
@@ -429,10 +449,19 @@ class ImageStore:
 
 @contextlib.asynccontextmanager
 async def locked(path: Path) -> AsyncIterator[None]:
-    """Hold an exclusive lock file: other planes may share this cache."""
+    """Hold an exclusive lock file: other planes may share this cache.
+
+    Who waits keeps no thread: what holds the lock needs one to go on.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                await asyncio.sleep(_LOCK_SECONDS)
+            else:
+                break
         yield
     finally:
         os.close(descriptor)

@@ -102,6 +102,12 @@ class Overlays:
         kind = WholeRoot if whole else Root
         return kind(hide=hide, gpus=gpus, overlays=self, folder=folder, tree=tree)
 
+    def scratch(self) -> Path:
+        """A folder for the root of a program that is asked something; who makes it removes it."""
+        folder = self._folder / f"scratch-{os.urandom(8).hex()}"
+        folder.mkdir(mode=0o700)
+        return folder
+
     def _survey(self) -> None:
         if not self._surveys:
             remove_tree(self._folder)

@@ -36,7 +36,10 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASK_PYTHON = """
 import json, os, platform, site, sys
-libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {}) else ""
+try:
+    libc = os.confstr("CS_GNU_LIBC_VERSION")
+except (AttributeError, OSError, ValueError):
+    libc = ""
 print(json.dumps({
     "executable": sys.executable,
     "version": ".".join(map(str, sys.version_info[:3])),
@@ -115,6 +118,8 @@ def _extract_all(archive: tarfile.TarFile, root: int) -> list[tuple[list[str], i
                 os.symlink(member.linkname, parts[-1], dir_fd=at)
             elif member.islnk():
                 target = _parts(member.linkname)
+                if not target:
+                    raise ValueError(f"a link to the root itself in the image: {member.name}")
                 with _opened(root, target[:-1]) as there:
                     os.link(target[-1], parts[-1], src_dir_fd=there, dst_dir_fd=at, follow_symlinks=False)
             elif member.isfile():
@@ -226,8 +231,7 @@ async def run_in(
     binds: Mapping[Path, str] | None = None,
 ) -> str:
     """Run a program in a root of this tree, of which nothing stays but what it writes to `binds`; what it says."""
-    scratch = tree / f"scratch-{os.urandom(8).hex()}"
-    scratch.mkdir(mode=0o700)
+    scratch = overlays.scratch()
     try:
         root = overlays.root(scratch, tree, (), (), whole=True)
         for source, target in (binds or {}).items():

@@ -160,7 +160,7 @@ class Tasks:
             if cards is None:
                 self._finish(task, None)
                 return
-            await self._images.ready(self._image_id(task), lambda text: self._say(task, text))
+            await self._make_ready(task)
             spec = adapt(self._spec(task, deployment, cards))
             task.server = spec.isolated_network
             task.isolated = spec.isolated_network or spec.block_network
@@ -182,9 +182,21 @@ class Tasks:
         with contextlib.suppress(sqlite3.Error):  # on a full disk nobody can be told when it started
             self._store.task_started(task.id, time.time())
 
-    def _image_id(self, task: Task) -> str:
+    async def _make_ready(self, task: Task) -> None:
+        """Bring its image here, where an engine has it. Raises GpuctlError, also when it is stopped meanwhile."""
         data = self._functions.data_of(task.function_id, task.definition_id)
-        return str(data.ranked_functions[0].function.image_id)
+        image_id = data.ranked_functions[0].function.image_id
+        coming = asyncio.create_task(self._images.ready(image_id, lambda text: self._say(task, text)))
+        try:
+            while not coming.done():
+                await asyncio.wait({coming}, timeout=0.1)
+                if task.stopping:
+                    raise GpuctlError("it was stopped while its image was brought here")
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+        coming.result()
 
     def _say(self, task: Task, text: str) -> None:
         """What its start waits for."""
