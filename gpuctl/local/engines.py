@@ -174,10 +174,10 @@ class Engine:
             log("podman starts no containers here: again with --isolation=chroot\n")
             self._isolation.append("--isolation=chroot")
             code, tail = await self._say([*argv, *self._isolation, str(order.context)], log, environment)
-        if code != 0 and _NO_BUILDER.search(tail):
-            raise EngineError(f"{self.name} build: {_last_words(tail)}")
         if code != 0:
-            raise ImageBuildError(f"{self.name} build: {_last_words(tail)}")
+            words = _last_words(tail)
+            kind = EngineError if _NO_BUILDER.search(words.partition("\n")[0]) else ImageBuildError
+            raise kind(f"{self.name} build: {words}")
 
     @contextlib.asynccontextmanager
     async def exported(self, image: str, out: int) -> AsyncIterator[asyncio.subprocess.Process]:

@@ -548,7 +548,10 @@ def test_a_build_ends_when_nobody_follows_it_any_more() -> None:
         def get(self, _: str) -> None:
             return None
 
-        async def build(self, *_: object, log: Callable[[str], None], **__: object) -> None:
+        def remember(self, *_: object) -> None:
+            pass
+
+        async def build_recipe(self, _: str, __: object, log: Callable[[str], None], **___: object) -> None:
             log("begun")
             try:
                 await asyncio.sleep(3600)
