@@ -80,6 +80,7 @@ class _Case:
     found: Found
     rates: Rates
     argv: tuple[str, ...]
+    has_context: bool = True
 
     @property
     def concurrency(self) -> int | None:
@@ -105,14 +106,16 @@ def settle(
     *,
     argv: Sequence[str],
     chats: bool = True,
+    has_context: bool = True,
     most_gpus: int | None = None,
 ) -> Settled:
     """Decide GPUs and context. A usage error where nothing can be decided, or where a GPU that was named does not do.
 
-    `argv` is the command, from which the one that would work is made. `chats`: whether the model must. `most_gpus`:
-    of a container, where what runs there can use no more.
+    `argv` is the command, from which the one that would work is made. `chats`: whether the model must.
+    `has_context`: whether it has one, that is to be decided. `most_gpus`: of a container, where what runs there can use
+    no more.
     """
-    case = _case(spec, found, rates, argv)
+    case = dataclasses.replace(_case(spec, found, rates, argv), has_context=has_context)
     if chats and case.facts.kind not in catalog.CHATS and not spec.force:
         raise usage_error(
             not_for_chat(case.facts.name, case.facts.kind),
@@ -123,7 +126,7 @@ def settle(
         settled = _chosen(case, most_gpus)
     elif spec.gpu is not None:
         settled = _named(case, spec.gpu)
-    return _on_cpu(case, settled) if spec.target is Target.LOCAL else settled
+    return _on_cpu(case, settled) if spec.target is Target.LOCAL and has_context else settled
 
 
 def starts_on(spec: ServeSpec, found: Found, rates: Rates) -> Callable[[GpuChoice], bool]:
@@ -291,7 +294,7 @@ def _kept(case: _Case, request: GpuRequest, candidates: Sequence[Candidate]) -> 
             warnings.append(f"whether {case.facts.name} fits on {spelled(one)} is not known: {one.reason}")
         else:
             notes.append(_line(case, one))
-    if length is None:
+    if length is None and case.has_context:
         lengths = [longest_of(one, own) for one in candidates]
         known = [one for one in lengths if one is not None]
         if known and len(known) == len(lengths):

@@ -75,9 +75,9 @@ def decide(
     if spec.model is not None and found is not None:
         if not spec.model.tiny and not (spec.force and spec.model.repo):
             _check_kind(found, pictures=pictures)
-        decided = _judged(spec, found, rates, argv, most_gpus=1 if pictures else None)
+        decided = _judged(spec, found, rates, argv, pictures=pictures)
         if pictures:
-            decided = _of_pictures(spec, decided)
+            decided = _of_pictures(decided)
     spec = decided.spec
     if spec.target is Target.LOCAL:
         return decided
@@ -97,12 +97,19 @@ def decide(
     )
 
 
-def _judged(
-    spec: BatchSpec, found: Found, rates: Rates, argv: Sequence[str], *, most_gpus: int | None
-) -> Decided:
+def _judged(spec: BatchSpec, found: Found, rates: Rates, argv: Sequence[str], *, pictures: bool) -> Decided:
+    """The verdict. Pictures have no context, and what makes them runs on one GPU."""
     from gpuctl.verdicts import settle
 
-    settled = settle(endpoint(spec), found, rates, argv=argv, chats=False, most_gpus=most_gpus)
+    settled = settle(
+        endpoint(spec),
+        found,
+        rates,
+        argv=argv,
+        chats=False,
+        has_context=not pictures,
+        most_gpus=1 if pictures else None,
+    )
     return Decided(
         dataclasses.replace(spec, gpu=settled.spec.gpu, max_model_len=settled.spec.max_model_len),
         notes=(*found.notes, *settled.notes),
@@ -128,20 +135,15 @@ def _check_kind(found: Found, *, pictures: bool) -> None:
         )
 
 
-def _of_pictures(spec: BatchSpec, decided: Decided) -> Decided:
-    """What the verdict says of a context is not for pictures, which have none; and a pipeline runs on one GPU."""
+def _of_pictures(decided: Decided) -> Decided:
     decided.spec.check_gpus()
-    notes = [note for note in decided.notes if "--max-model-len" not in note]
-    if spec.target is Target.MODAL:
-        notes.append(
-            "fit: what pictures take beside the weights grows with their size, and is not known before: a row that "
-            "has no room ends as out_of_memory"
-        )
-    return dataclasses.replace(
-        decided,
-        spec=dataclasses.replace(decided.spec, max_model_len=spec.max_model_len),
-        notes=tuple(notes),
+    if decided.spec.target is not Target.MODAL:
+        return decided
+    note = (
+        "fit: what pictures take beside the weights grows with their size, and is not known before: a row that "
+        "has no room ends as out_of_memory"
     )
+    return dataclasses.replace(decided, notes=(*decided.notes, note))
 
 
 def endpoint(spec: BatchSpec) -> ServeSpec:

@@ -467,7 +467,7 @@ def _sampling(
     """The fields of a request that the flags stand for."""
     fields: dict[str, Any] = {
         "max_tokens": read.optional_whole("--max-tokens", max_tokens, unit="tokens"),
-        "temperature": _number(read, "--temperature", temperature, most=100.0),
+        "temperature": _number(read, "--temperature", temperature, most=100.0, such=0.7),
         "top_p": read.share("--top-p", top_p),
         "seed": read.optional_whole("--seed", seed, at_least=0),
         "response_format": None if json_schema is None else _schema(read, json_schema),
@@ -489,18 +489,18 @@ def _picture(
     fields: dict[str, Any] = {
         "size": size,
         "num_inference_steps": read.optional_whole("--steps", steps, at_most=MOST_STEPS),
-        "guidance_scale": _number(read, "--guidance", guidance, most=100.0),
+        "guidance_scale": _number(read, "--guidance", guidance, most=100.0, such=7.5),
         "negative_prompt": negative_prompt,
     }
     return tuple((name, value) for name, value in fields.items() if value is not None)
 
 
-def _number(read: ResourceReader, flag: str, text: str | None, *, most: float) -> float | None:
+def _number(read: ResourceReader, flag: str, text: str | None, *, most: float, such: float) -> float | None:
     if text is None:
         return None
     if _TEMPERATURE.fullmatch(text.strip()) and float(text) <= most:
         return float(text)
-    read.problem(f"{flag}: {text!r} is not a number from 0 to {most:g}, such as 0.7")
+    read.problem(f"{flag}: {text!r} is not a number from 0 to {most:g}, such as {such:g}")
     return None
 
 

@@ -105,7 +105,10 @@ def test_how_many_pictures_is_told_and_that_the_time_is_not_known(capsys: pytest
             ("acme/painter", "prompts.txt", "-o", "o/", "--size", "big"),
             "--size: 'big' is no size such as 1024x768",
         ),
-        (("acme/painter", "prompts.txt", "-o", "o/", "--guidance", "x"), "--guidance: 'x' is not a number"),
+        (
+            ("acme/painter", "prompts.txt", "-o", "o/", "--guidance", "x"),
+            "--guidance: 'x' is not a number from 0 to 100, such as 7.5",
+        ),
         (("acme/painter", "prompts.txt", "-o", "o.csv"), "--format csv has no place for pictures"),
     ],
 )

@@ -64,22 +64,23 @@ class Pipeline:
         return SimpleNamespace(images=images, nsfw_content_detected=["nsfw" in text for text in prompt])
 
 
+Load = Callable[..., tuple[ModuleType, Any]]
+
+
 @pytest.fixture
 def pipeline() -> Pipeline:
     return Pipeline()
 
 
 @pytest.fixture
-def load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline
-) -> Callable[[int], tuple[ModuleType, Any]]:
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline) -> Load:
     """Makes the processor, with a torch whose noise is its seed."""
     torch = ModuleType("torch")
     torch.Generator = lambda _: SimpleNamespace(manual_seed=lambda seed: seed)  # type: ignore[attr-defined]
     torch.cuda = SimpleNamespace(is_available=lambda: False)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch", torch)
 
-    def load(size: int) -> tuple[ModuleType, Any]:
+    def load(size: int, pipeline: Pipeline = pipeline) -> tuple[ModuleType, Any]:
         made = pieces.module("batch/diffusers.py.jinja", folder=tmp_path, constants={"BATCH_SIZE": size})
         made.load_pipeline = lambda: pipeline  # type: ignore[attr-defined]
         return made, made.DiffusersProcessor()
@@ -103,9 +104,6 @@ def run(module: ModuleType, processor: Any, *bodies: dict[str, Any]) -> list[Any
             outcomes[key] = outcome
             flying -= 1
     return outcomes
-
-
-Load = Callable[[int], tuple[ModuleType, Any]]
 
 
 def texts(outcome: Any) -> list[str]:
@@ -198,6 +196,42 @@ def test_what_the_pipeline_would_pass_over_is_refused(load: Load, pipeline: Pipe
         "prompt has 9 tokens, and the model reads 8",
     )
     assert not pipeline.calls
+
+
+class OfTwoScales(Pipeline):
+    """Has one for its own guidance, and one that only a negative prompt has."""
+
+    transformer = SimpleNamespace(config={"guidance_embeds": False})
+
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: list[str],
+        generator: list[Any],
+        negative_prompt: list[str] | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float = 4.0,
+        **options: Any,
+    ) -> SimpleNamespace:
+        return super().__call__(prompt, generator, negative_prompt=negative_prompt)
+
+
+def test_a_scale_without_effect_is_refused(load: Load) -> None:
+    module, processor = load(1, OfTwoScales())
+    alone, off, own, *fine = run(
+        module,
+        processor,
+        {"true_cfg_scale": 4.0},
+        {"true_cfg_scale": 1.0, "negative_prompt": "red"},
+        {"guidance_scale": 7.5, "negative_prompt": "red"},
+        {"negative_prompt": "red"},
+        {"true_cfg_scale": 2.5, "negative_prompt": " "},
+        {"true_cfg_scale": 1.0},
+        {},
+    )
+    assert alone.message == 'true_cfg_scale: OfTwoScales needs a negative_prompt with it, which may be " "'
+    assert off.message == "negative_prompt: OfTwoScales needs a true_cfg_scale above 1 with it"
+    assert own.message.startswith("guidance_scale: this model is not guided by it, but by true_cfg_scale")
+    assert [len(one.files) for one in fine] == [1, 1, 1, 1]
 
 
 def test_with_several_text_encoders_the_one_that_reads_most_counts(load: Load, pipeline: Pipeline) -> None:

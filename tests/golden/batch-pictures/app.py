@@ -1099,16 +1099,25 @@ class DiffusersProcessor:
             asks = option in body or option in ("width", "height")
             if asks and option not in self.takes:
                 raise Refused("invalid_request", f"{option}: {name} takes none")
-        if "true_cfg_scale" in self.takes and "true_cfg_scale" not in body:
-            config = getattr(getattr(self.pipeline, "transformer", None), "config", {})
-            if "negative_prompt" in body and config.get("guidance_embeds"):
-                says = f"negative_prompt: {name} needs true_cfg_scale with it"
-                raise Refused("invalid_request", says)
-            if "guidance_scale" in body and config.get("guidance_embeds") is False:
-                says = "guidance_scale: this model is not guided by it"
-                raise Refused("invalid_request", f"{says}, but by true_cfg_scale")
+        if "true_cfg_scale" in self.takes:
+            self.check_scales(body, name)
         for field in ("prompt", "negative_prompt"):
             self.check_length(field, body.get(field))
+
+    def check_scales(self, body: dict[str, Any], name: str) -> None:
+        """Refuse what has no effect in a pipeline with two scales: that of its own guidance,
+        for models with `guidance_embeds`, and that of a negative prompt, with one only."""
+        scale = body.get("true_cfg_scale", self.takes["true_cfg_scale"].default)
+        if "negative_prompt" in body and scale <= 1:
+            says = f"negative_prompt: {name} needs a true_cfg_scale above 1 with it"
+            raise Refused("invalid_request", says)
+        if "true_cfg_scale" in body and scale > 1 and "negative_prompt" not in body:
+            says = f"true_cfg_scale: {name} needs a negative_prompt with it"
+            raise Refused("invalid_request", f'{says}, which may be " "')
+        config = getattr(getattr(self.pipeline, "transformer", None), "config", {})
+        if "guidance_scale" in body and config.get("guidance_embeds") is False:
+            says = "guidance_scale: this model is not guided by it"
+            raise Refused("invalid_request", f"{says}, but by true_cfg_scale")
 
     def check_length(self, field: str, text: str | None) -> None:
         """Refuse a text of which the model would read only the beginning. With several
