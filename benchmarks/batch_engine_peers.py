@@ -1,6 +1,6 @@
-"""The three sides of batch_engine.py, in the interpreter that has vLLM: `batch_engine_peers.py ROUNDS ROWS`.
+"""The sides of batch_engine.py, in the interpreter that has vLLM: `batch_engine_peers.py ROUNDS ROWS SHARD`.
 
-`worker` is the rendered processor. The seconds of each side are written as JSON, behind an @.
+`worker` is the rendered processor, SHARD the rows in a shard. What was measured is written as JSON, behind an @.
 """
 
 import asyncio
@@ -8,6 +8,7 @@ import gc
 import gzip
 import json
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +28,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 WORDS = ["bado", "kifu", "lomi", "tare", "zuvo"]
 TOKENS = 16
 INPUT, THEIRS = Path("input.jsonl"), Path("theirs.jsonl")
-SHARD, SHARDS_AT_ONCE = 250, 3
+SHARDS_AT_ONCE = 3
+PAIRS = 25  # of a quick processor's jobs, in shards and in one
 
 
 def messages(number: int) -> list[dict[str, str]]:
@@ -42,25 +44,23 @@ def bare(model: str, rows: int) -> Callable[[], int]:
     return lambda: len(llm.chat(asked, params, use_tqdm=False))
 
 
-def ours(arguments: list[str], rows: int) -> Callable[[], int]:
-    """What a container does with its shards, from the packed rows to the published answers."""
-    worker.engine_arguments = lambda: arguments
-    worker.volume = SimpleNamespace(commit=lambda: None, reload=lambda: None)
-    worker.live = SimpleNamespace(put=lambda *_: None, get=lambda _: None)
-    worker.DATA = Path("job")
-    shards = list(range(-(-rows // SHARD)))
+def ours(line: Any, rows: int, size: int) -> Callable[[], int]:
+    """What a container does with its shards of so many rows, from the packed rows to the published answers."""
+    data = Path(f"job-{size}")
+    worker.DATA = data
+    shards = list(range(-(-rows // size)))
     lines = INPUT.read_bytes().splitlines()
     for shard in shards:
         file = worker.input_file(shard)
         file.parent.mkdir(parents=True, exist_ok=True)
-        some = lines[shard * SHARD : (shard + 1) * SHARD]
-        made = [shard_line(number, line) for number, line in enumerate(some, shard * SHARD)]
+        some = lines[shard * size : (shard + 1) * size]
+        made = [shard_line(number, line) for number, line in enumerate(some, shard * size)]
         file.write_bytes(gzip.compress(b"".join(made), compresslevel=1))
-    line = worker.Line(worker.VllmProcessor())
 
     def run() -> int:
+        worker.DATA = data
         for folder in ("answers", "parts"):
-            shutil.rmtree(worker.DATA / folder, ignore_errors=True)
+            shutil.rmtree(data / folder, ignore_errors=True)
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
             told = [
                 one for ends, _ in pool.map(lambda shard: line.work([shard], "run"), shards) for one in ends
@@ -69,6 +69,44 @@ def ours(arguments: list[str], rows: int) -> Callable[[], int]:
         return sum(one["rows"] for one in told)
 
     return run
+
+
+class AtOnce:
+    """A processor that has its answer, so that what is left is the way of the rows to it and from it."""
+
+    capacity = 512
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+        self.ended: list[tuple[int, object]] = []
+
+    def start(self, key: int, _: dict[str, Any]) -> None:
+        self.ended.append((key, self.answer))
+
+    def step(self) -> list[tuple[int, object]]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def give_back(self) -> list[int]:
+        return []
+
+
+def of_a_shard(rows: int, size: int) -> float:
+    """Seconds of the processors that a shard takes for itself: jobs of the same rows in shards and in one, in turn."""
+    worker.DATA = Path(f"job-{size}")
+    answer = json.loads(worker.read_gzip(worker.answers_file(0))[0])["answer"]
+    line = worker.Line(AtOnce(answer))
+    sides = [ours(line, rows, size), ours(line, rows, rows)]
+    spent: list[list[float]] = [[], []]
+    for _ in range(PAIRS):
+        for run, seconds in zip(sides, spent, strict=True):
+            gc.collect()
+            before = time.process_time()
+            assert run() == rows
+            seconds.append(time.process_time() - before)
+    more: float = statistics.median(many - one for many, one in zip(*spent, strict=True))
+    others = -(-rows // size) - 1
+    return more / others
 
 
 def shard_line(number: int, text: bytes) -> bytes:
@@ -113,7 +151,7 @@ def spent_since(before: tuple[float, float], rows: int) -> str:
     return f"{own:.2f} + {below:.2f} in the engine"
 
 
-def main(rounds: int, rows: int) -> None:
+def main(rounds: int, rows: int, size: int) -> None:
     model = worker.make_tiny_model()
     url = "/v1/chat/completions"
     fields = {"model": model, "temperature": 0, "max_tokens": TOKENS}
@@ -124,8 +162,13 @@ def main(rounds: int, rows: int) -> None:
                 json.dumps({"custom_id": str(number), "method": "POST", "url": url, "body": body}) + "\n"
             )
     arguments = ["--model", model, "--load-format", "dummy", "--enforce-eager"]
-    sides = {"ours": ours(arguments, rows), "bare": bare(model, rows), "run-batch": batch(arguments)}
+    worker.engine_arguments = lambda: arguments
+    worker.volume = SimpleNamespace(commit=lambda: None, reload=lambda: None)
+    worker.live = SimpleNamespace(put=lambda *_: None, get=lambda _: None)
+    line = worker.Line(worker.VllmProcessor())
+    sides = {"ours": ours(line, rows, size), "bare": bare(model, rows), "run-batch": batch(arguments)}
     times: dict[str, list[float]] = {name: [] for name in sides}
+    taken: list[float] = []  # by ours, of the processors
     for number in range(rounds + 1):
         for name, run in sides.items():
             gc.collect()
@@ -134,12 +177,15 @@ def main(rounds: int, rows: int) -> None:
             took = time.perf_counter() - began
             if number:  # the first is for the caches
                 times[name].append(took)
+            if number and name == "ours":
+                taken.append(sum(processor_time()) - sum(spent))
             print(
                 f"{name}: {took:.2f} s, of processors {spent_since(spent, rows)} ms a row",
                 file=sys.stderr,
                 flush=True,
             )
-    print("@" + json.dumps(times), flush=True)
+    shard = {"itself": of_a_shard(rows, size), "all": statistics.median(taken) * size / rows}
+    print("@" + json.dumps({"times": times, "shard": shard}), flush=True)
 
 
 if __name__ == "__main__":
