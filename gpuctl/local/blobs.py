@@ -23,6 +23,7 @@ from modal_proto import api_pb2
 
 from gpuctl.local.ids import content_id, is_id
 from gpuctl.local.sandbox import EGRESS_PORT
+from gpuctl.local.uploads import Wanted
 from gpuctl.local.wire import Call, invalid, not_found, rpc
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gpuctl.local.uploads import BlockWriter, Uploads
+    from gpuctl.local.uploads import Uploads
 
     _Result = TypeVar("_Result")
 
@@ -71,6 +72,8 @@ class Blobs:
     async def stop(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()
+        if self._uploads is not None:
+            self._uploads.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- files by their SHA-256
@@ -210,7 +213,9 @@ class Blobs:
         name = self._uploads.name_of(upload, int(index))
         answer = web.Response(body=name)
         try:
-            if self._uploads.has(name) or await self._take_unsent(request, writer, sha256_hex):
+            if self._uploads.has(name) or await self._take_unsent(
+                request, Wanted(upload, int(index), request.content_length or 0, sha256_hex)
+            ):
                 return await _answer_early(request, answer)
             async for data in request.content.iter_chunked(_CHUNK):
                 await self._in_thread(writer.add, data)
@@ -226,15 +231,18 @@ class Blobs:
             writer.close()
         return answer
 
-    async def _take_unsent(self, request: web.BaseRequest, writer: BlockWriter, sha256_hex: str) -> bool:
+    async def _take_unsent(self, request: web.BaseRequest, block: Wanted) -> bool:
         """Whether a large block could be read from the file that its sender has open on this machine."""
-        length, transport = request.content_length or 0, request.transport
-        if length < _LARGE or transport is None:
+        transport = request.transport
+        if block.length < _LARGE or transport is None:
             return False
+        assert self._uploads is not None
+        if self._uploads.promise(block):
+            return True
         peer = transport.get_extra_info("peername")
         transport.pause_reading()  # what is not read, the client does not go on to send
         try:
-            return await self._in_thread(writer.take, peer[:2], self.port, length, sha256_hex)
+            return await self._in_thread(self._uploads.take, block, peer[:2], self.port)
         finally:
             transport.resume_reading()
 

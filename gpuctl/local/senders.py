@@ -18,39 +18,48 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Read, hashed and written at once: what stays in a core's cache. With 8 MiB at once, writing alone costs two to four
-# times as much, also because the kernel then takes large runs of pages, which are seldom warm.
-PIECE = 1 << 18
 _CANDIDATES = 8  # files of the right size that are looked into
 _PROC = Path("/proc")
 
 
-class OpenFile:
-    """A regular file that is open for reading, from any thread."""
+class ClosedError(Exception):
+    """The file is not needed any more."""
 
-    def __init__(self, descriptor: int) -> None:
+
+class OpenFile:
+    """A regular file that the process `pid` has open, for reading from any thread."""
+
+    def __init__(self, descriptor: int, pid: int) -> None:
         self._descriptor = descriptor
+        self._pid = pid
         self._lock = threading.Lock()
         self._closed = False
 
-    def pieces(self, start: int, length: int) -> Iterator[memoryview]:
-        """That part of the file, as much as there is of it; each piece is gone when the next is asked for."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[int]:
+        """A descriptor of it, for as long as it is wanted. Raises ClosedError."""
         with self._lock:
             if self._closed:
-                return
+                raise ClosedError
             own = os.dup(self._descriptor)
         try:
-            buffer = memoryview(bytearray(min(length, PIECE)))
-            while length:
-                got = os.preadv(own, [buffer[:length]], start)
-                if not got:
-                    return
-                yield buffer[:got]
-                start, length = start + got, length - got
-        except OSError:  # as of a network's file: what was read so far is all that there is
-            return
+            yield own
         finally:
             os.close(own)
+
+    def positions(self) -> list[int]:
+        """Where in it its process has come to, for each time that it has the file open."""
+        try:
+            this = os.fstat(self._descriptor)
+            links = [link for link in _descriptors(self._pid) if _is_same(link, this)]
+        except OSError:
+            return []
+        found = []
+        for link in links:
+            with contextlib.suppress(OSError, ValueError):
+                first = (_PROC / str(self._pid) / "fdinfo" / link.name).read_text().partition("\n")[0]
+                found.append(int(first.removeprefix("pos:")))
+        return found
 
     def close(self) -> None:
         with self._lock:
@@ -73,7 +82,7 @@ class Senders:
                 if len(seen) == _CANDIDATES:
                     return
                 with contextlib.suppress(OSError):  # it is closed meanwhile, or not ours to read
-                    found = _open_regular(link, size, seen)
+                    found = _open_regular(link, size, seen, pid)
                     if found is not None:
                         yield found
 
@@ -118,7 +127,13 @@ def _has_socket(pid: int, inode: str) -> bool:
     return False
 
 
-def _open_regular(link: Path, size: int, seen: set[tuple[int, int]]) -> OpenFile | None:
+def _is_same(link: Path, state: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(link.stat(), state)
+    return False
+
+
+def _open_regular(link: Path, size: int, seen: set[tuple[int, int]], pid: int) -> OpenFile | None:
     """Open it if it is a file of this size that was not seen. What else it may be (a device, a FIFO) is not opened."""
     handle = os.open(link, os.O_PATH | os.O_CLOEXEC)
     try:
@@ -127,6 +142,6 @@ def _open_regular(link: Path, size: int, seen: set[tuple[int, int]]) -> OpenFile
         if not stat.S_ISREG(state.st_mode) or state.st_size != size or this in seen:
             return None
         seen.add(this)
-        return OpenFile(os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC))
+        return OpenFile(os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC), pid)
     finally:
         os.close(handle)

@@ -209,7 +209,7 @@ class Volumes:
         for index, file in enumerate(request.files):
             absent = []
             for number, block in enumerate(file.blocks):
-                if block.contents_sha256 not in asked and not self._uploads.has(block.put_response):
+                if block.contents_sha256 not in asked and not block.put_response:
                     asked.add(block.contents_sha256)
                     absent.append(number)
             upload = self._uploads.begin(file.size) if absent else ""

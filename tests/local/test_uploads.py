@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from grpclib import Status
 from modal_proto import api_pb2
 
 from .planes import TestPlane
@@ -85,6 +86,40 @@ def test_what_differs_from_its_senders_file_is_sent(plane: TestPlane, tmp_path: 
     assert [first[0], second[0]] == [200, 200]
     assert not upload.ask([first[1], second[1]]).missing_blocks
     assert upload.place.read_bytes() == content
+
+
+def test_a_block_that_its_sender_is_reading_is_answered_before_it_is_read(
+    plane: TestPlane, tmp_path: Path
+) -> None:
+    """The client computes an MD5 of all that it sends until it has the answer."""
+    content = os.urandom(3 * BLOCK)
+    (tmp_path / "file").write_bytes(content)
+    upload = Upload(plane, "read", content)
+    with (
+        (tmp_path / "file").open("rb", buffering=0) as one,
+        (tmp_path / "file").open("rb", buffering=0) as two,
+    ):
+        answers = [upload.put(0, None)]
+        one.seek(BLOCK + 1)
+        two.seek(3 * BLOCK - 1)
+        answers += [upload.put(number, None) for number in (1, 2)]
+    assert [status for status, _ in answers] == [200] * 3
+    assert not upload.ask([name for _, name in answers]).missing_blocks
+    assert upload.place.read_bytes() == content
+
+
+def test_a_file_that_changes_while_it_is_sent(plane: TestPlane, tmp_path: Path) -> None:
+    content = os.urandom(SIZE)
+    (tmp_path / "file").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    upload = Upload(plane, "changes", content)
+    with (tmp_path / "file").open("rb", buffering=0) as file:
+        first = upload.put(0, None)
+        file.seek(BLOCK + 1)
+        second = upload.put(1, None)
+    assert [first[0], second[0]] == [200, 200]
+    refused = upload.ask([first[1], second[1]])
+    assert (refused.status, "upload the file again" in refused.message) == (Status.FAILED_PRECONDITION, True)
+    assert not upload.place.exists()
 
 
 def test_a_file_that_is_no_longer_there(plane: TestPlane, tmp_path: Path) -> None:
