@@ -14,6 +14,7 @@ every process of the container. Nothing can be orphaned.
 
 from __future__ import annotations
 
+import array  # noqa: F401 socket.recv_fds imports it when it is called, see below
 import contextlib
 import ctypes
 import errno
@@ -26,6 +27,7 @@ import socket
 import struct
 import sys
 import termios
+import warnings  # noqa: F401 os.execvpe likewise: in an image of its own this interpreter's files are gone by then
 
 TYPE_CHECKING = False  # as typing's, which takes longer to import than a container takes to start
 if TYPE_CHECKING:

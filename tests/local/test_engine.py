@@ -155,6 +155,21 @@ def test_a_dockerfile(engine_plane: EnginePlane) -> None:
     assert "USER worker counts for the commands of builds alone" in done.stdout + done.stderr
 
 
+def test_a_server_and_commands_in_its_container(engine_plane: EnginePlane) -> None:
+    url = engine_plane.deploy("served", open=1, min=1, mode="x", base=bases.WITH_PYTHON)
+    task = engine_plane.ready(f"{url}/who").json["task"]
+
+    def run(*argv: str) -> str:
+        return engine_plane.quick("container", "exec", "--no-pty", task, "--", *argv).stdout
+
+    assert run("cat", "/etc/os-release") == "NAME=gpuctl-tests\n"
+    assert run("sh", "-c", "echo $0 $MODAL_TASK_ID; ls /data /work 2>/dev/null") == f"sh {task}\n/data:\n"
+    assert run("python", "-c", "import sys, modal; print(sys.executable)") == "/usr/local/bin/python\n"
+    engine_plane.quick("app", "stop", "served", "--yes")
+    logs = engine_plane.logs("served")
+    assert "exit: hook ran" in logs
+
+
 def test_a_step_that_fails_says_why(engine_plane: EnginePlane) -> None:
     done = engine_plane.run("in_failing", check=False)
     said = done.stdout + done.stderr

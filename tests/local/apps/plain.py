@@ -14,8 +14,11 @@ def number(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
+BASE = os.environ.get("T_BASE")  # of a registry
+
+
 @app.server(
-    image=modal.Image.debian_slim().add_local_file(
+    image=(modal.Image.from_registry(BASE) if BASE else modal.Image.debian_slim()).add_local_file(
         Path(__file__).with_name("echo_server.py"), "/root/echo_server.py"
     ),
     port=8000,
