@@ -42,9 +42,13 @@ _UNREACHABLE = re.compile(
 )
 # How Podman says that its runtime starts no containers here, whatever the command: a change of root still may do.
 _NO_CONTAINERS = re.compile(r"creating container for \[|error creating (?:container|cgroup)", re.IGNORECASE)
-# How Docker says that it has no BuildKit, without which builds have no secrets; or that its daemon is gone.
+# How engines say that they cannot build as they are asked to, at all: Docker without BuildKit, older ones without
+# secrets that come from variables. What a step says is no such word.
 _NO_BUILDER = re.compile(
-    r"buildx component is missing|Cannot connect to the Docker daemon|buildkit not supported", re.IGNORECASE
+    r"(?!building at STEP|failed to solve|executor failed)"
+    r".*(?:buildx component is missing|Cannot connect to the Docker daemon|buildkit not supported"
+    r"|unknown flag|(?:invalid|incorrect|unexpected).*secret|secret.*(?:invalid|syntax|unexpected key))",
+    re.IGNORECASE,
 )
 
 
@@ -176,7 +180,7 @@ class Engine:
             code, tail = await self._say([*argv, *self._isolation, str(order.context)], log, environment)
         if code != 0:
             words = _last_words(tail)
-            kind = EngineError if _NO_BUILDER.search(words.partition("\n")[0]) else ImageBuildError
+            kind = EngineError if _NO_BUILDER.match(words.partition("\n")[0]) else ImageBuildError
             raise kind(f"{self.name} build: {words}")
 
     @contextlib.asynccontextmanager

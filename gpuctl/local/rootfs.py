@@ -91,6 +91,7 @@ def extract(stream: IO[bytes], folder: Path) -> None:
                     os.fchmod(directory, mode)
         finally:
             os.close(root)
+    (folder / ".dockerenv").unlink(missing_ok=True)  # of the container that it was exported from
     remove_tree(folder / "run" / "gpuctl-folders")  # where builds saw some of this machine's
     for name in _OF_THE_KERNEL:
         place = folder / name

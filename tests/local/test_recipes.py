@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuctl.local import machine, recipes
+from gpuctl.local import engines, machine, recipes
 from gpuctl.local.pythons import SETTLE
 from gpuctl.local.recipes import Given, Instruction, for_engine, instructions
 
@@ -327,3 +327,17 @@ def test_what_builds_are_told_of_this_machine(monkeypatch: pytest.MonkeyPatch, t
     without = machine.settings(binds=False, certificates_path="/c")
     assert without.folders == ()
     assert without.variables["PIP_EXTRA_INDEX_URL"] == "https://a"
+
+
+@pytest.mark.parametrize(
+    ("said", "unable"),
+    [
+        ("BuildKit is enabled but the buildx component is missing or broken.", True),
+        ("incorrect secret flag format: should be --secret id=foo,src=bar", True),
+        ("unknown flag: --ignorefile", True),
+        ('building at STEP "RUN check invalid secret": exit status 1', False),
+        ('failed to solve: process "/bin/sh -c secret --syntax" did not complete', False),
+    ],
+)
+def test_an_engine_that_cannot_build_is_told_from_a_step_that_fails(said: str, unable: bool) -> None:
+    assert (engines._NO_BUILDER.match(said) is not None) == unable
