@@ -80,7 +80,10 @@ def decide(
             decided = _of_pictures(decided)
     spec = decided.spec
     if spec.target is Target.LOCAL:
-        return decided
+        if spec.max_cost is None:
+            return decided
+        note = "--max-cost: nothing is charged on this machine, and the job does not stop for it"
+        return dataclasses.replace(decided, notes=(*decided.notes, note))
     if spec.gpu is not None:
         cost = cost_of(endpoint(spec), spec.gpu.choices, rates)
         each, warnings = cost.dearest.most_usd, tuple(cost.warnings())

@@ -50,7 +50,7 @@ def render_batch(
         "shards_at_once": _SHARDS_AT_ONCE,
         "retries": spec.retries,
         "usd_per_second": usd_per_second,
-        "max_usd": None if spec.max_cost is None else float(spec.max_cost),
+        "max_usd": None if spec.max_cost is None or usd_per_second is None else float(spec.max_cost),
         "startup_timeout": spec.startup_timeout,
     }
     if spec.function is not None:

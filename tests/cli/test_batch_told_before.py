@@ -76,6 +76,14 @@ def test_a_cap_that_does_not_do_is_warned_of(capsys: pytest.CaptureFixture[str])
     assert "warning: --max-cost" not in told(capsys, *words, "5")
 
 
+def test_where_nothing_is_charged_a_cap_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("batch", "tiny", rows("badu"), "--prompt", "{text}", "--local", "--max-cost", "5", "--dry-run")
+    assert main([*words, "-o", "out.jsonl"]) == 0
+    out, err = capsys.readouterr()
+    assert "--max-cost: nothing is charged on this machine, and the job does not stop for it\n" in err
+    assert "\nMAX_USD: float | None = None\n" in out
+
+
 def test_rows_without_room_are_warned_of_and_nothing_starts_where_all_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

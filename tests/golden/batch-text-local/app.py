@@ -1921,9 +1921,8 @@ class Driver:
             pass
         elif stop.exists():
             self.state, self.problem = "stopped", "it was cancelled"
-        elif MAX_USD is not None and figures["usd"] >= MAX_USD:
+        elif MAX_USD is not None and (spent := figures["usd"] or 0.0) >= MAX_USD:
             self.state = "stopped"
-            spent = figures["usd"]
             self.problem = f"${spent:.2f} were spent, and the cap is ${MAX_USD:.2f}"
 
     async def tell_the_end(self) -> dict[str, Any]:
