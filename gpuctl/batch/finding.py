@@ -106,10 +106,12 @@ def _of_folders(
     if there & {Kind.AUDIO, Kind.IMAGE}:
         there.discard(Kind.TEXT)  # a README beside the pictures
     if len(there) > 1:
-        counted = ", ".join(f"{family.count(one)} {_class(one)}" for one in sorted(there))
+        counts = Counter(one for one in family if one)
+        counted = ", ".join(_counted(count, one) for one, count in sorted(counts.items()))
+        formats = ", ".join(sorted({one for one in kinds if one}))
         raise usage_error(
             f"{where}: several kinds of files: {counted}",
-            hint="a glob names one of them: 'data/*.jsonl'; or --input-format: audio, image, text, jsonl, csv, parquet",
+            hint=f"a job is of one kind: run one for each, with --input-format ({formats}) or a glob: 'data/*.jsonl'",
         )
     if not there:
         raise usage_error(f"{where}: none of {len(names)} files is a table, text, audio or an image")
@@ -122,8 +124,9 @@ def _of_folders(
     return Found(readers[0].kind, readers, skipped=skipped)
 
 
-def _class(kind: Kind) -> str:
-    return "tables" if kind in TABLES else TITLES[kind]
+def _counted(count: int, kind: Kind) -> str:
+    named = "tables" if kind in TABLES else TITLES[kind]
+    return f"{count} {named if count > 1 else named.removesuffix('s')}"
 
 
 def _files(

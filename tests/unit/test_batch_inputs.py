@@ -586,7 +586,9 @@ def test_refused_folders(folder: Path) -> None:
     put("mixed/a.wav", WAV)
     put("mixed/b.png", PNG)
     put("mixed/c.csv", "a,b\n")
-    with refused("several kinds of files", "1 audio files", "1 images", "1 tables"):
+    put("mixed/d.txt", "one")
+    put("mixed/e.txt", "two")
+    with refused("several kinds of files: 1 audio file, 1 image, 1 table, 2 text files"):
         open_input(["mixed"])
     assert [row.id for row in open_input(["mixed"], url=Url.TRANSCRIPTIONS)] == ["a.wav"]
     assert [row.id for row in open_input(["mixed"], kind=Kind.IMAGE, prompt="?")] == ["b.png"]
