@@ -232,11 +232,12 @@ def before_of(decided: Decided, what: Prepared, *, online: bool, console: Consol
 def _nothing_to_answer(spec: BatchSpec, staged: Staged) -> GpuctlError:
     """Of an input of which no row can be answered nothing is started, and nothing costs anything."""
     commonest = sorted(staged.why_bad.items(), key=lambda item: -item[1][0])[:_COMMONEST]
+    none = f"none of its {staged.rows:,} rows can" if staged.rows > 1 else "its only row cannot"
     return usage_error(
         [
-            f"INPUT: {', '.join(spec.inputs)}: none of its {staged.rows:,} rows can be answered",
+            f"INPUT: {', '.join(spec.inputs)}: {none} be answered",
             *(
-                f"{code}: {rows:,} rows, the first of them {message[:300]}"
+                f"{code}: {counted(rows, 'row')}, the first of them {message[:300]}"
                 for code, (rows, message) in commonest
             ),
         ]
