@@ -6,6 +6,7 @@ Imports engines, recipes, layers, rootfs, overlays, installers.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import operator
@@ -25,7 +26,7 @@ from gpuctl.local.image_trees import remove_tree
 from gpuctl.local.installers import ImageBuildError, Log, unreachable
 from gpuctl.local.layers import Layer, RunFunction
 from gpuctl.local.overlays import is_opaque, is_whiteout
-from gpuctl.local.pythons import SETTLE, bring_python
+from gpuctl.local.pythons import LIBRARIES, SETTLE, bring_python
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -168,18 +169,11 @@ class EngineBuild:
                 layer.warnings.append(
                     f"{_NOT_IN_BUILDS[what]} for commands that {engine.name} runs in a build"
                 )
-        made = recipes.for_engine(
-            recipe.image.dockerfile_commands,
-            recipes.Given(
-                base,
-                recipe.image.build_args,
-                layer.shell,
-                mounts,
-                bool(script),
-                SETTLE if recipe.python else "",
-            ),
+        commands = list(recipe.image.dockerfile_commands)
+        given = recipes.Given(
+            base, recipe.image.build_args, layer.shell, mounts, bool(script), left_out=self._left_out
         )
-        for reference in made.bases:
+        for reference in recipes.bases(commands, given):
             login = _login(recipe.image.image_registry_config.registry_auth_type, recipe.registry_env)
             await engine.fetch(reference, self._log, login, work)
         context = work / "context"
@@ -191,8 +185,11 @@ class EngineBuild:
                 self._store.pythons,
                 self._log,
                 lambda: self._store.uv_here(self._log),
-                python=not any(c.strip() == _NAMES_PYTHON for c in recipe.image.dockerfile_commands),
+                python=not any(c.strip() == _NAMES_PYTHON for c in commands),
             )
+            if (context / "python" / LIBRARIES).is_dir():
+                given = dataclasses.replace(given, after_python=SETTLE)
+        made = await asyncio.to_thread(recipes.for_engine, commands, given)
         if made.uv:
             await self._store.bring_uv(made.uv, context / recipes.UV_CONTEXT.lstrip("/"), self._log)
         await asyncio.to_thread(_open_to_all, context)

@@ -19,7 +19,7 @@ import time
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 16384, 1 << 18
-_PATIENCE = 8.0  # seconds for an engine whose step was ended
+_PATIENCE = 16.0  # seconds for an engine whose step was ended
 
 
 class _Ended(Exception):  # noqa: N818 it is none of ours
@@ -53,13 +53,14 @@ def _kill(pids: list[int]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    told = False
-    while process.poll() is None and time.monotonic() < deadline:
+    began = time.monotonic()
+    told = at_a_step = False
+    while process.poll() is None and (passed := time.monotonic() - began) < _PATIENCE:
         children = _children()
         leaves = [pid for pid in _below(process.pid, children) if not children.get(pid)]
         _kill(leaves)
-        if not leaves and not told:
+        at_a_step = at_a_step or bool(leaves)
+        if not told and (passed > _PATIENCE / 2 or not at_a_step):  # it is at none, or does not end with it
             told = True
             process.terminate()
         time.sleep(0.05)

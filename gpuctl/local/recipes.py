@@ -224,13 +224,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Made:
-    """The Dockerfile of a layer; the shell that its RUN uses at its end; the images that it is made from, as far as
-    that can be told; the uv that it wants in its context.
-    """
+    """The Dockerfile of a layer; the shell that its RUN uses at its end; the uv that it wants in its context."""
 
     text: str
     shell: tuple[str, ...]
-    bases: tuple[str, ...]
     uv: str | None  # a version, "latest"; None for none
 
 
@@ -241,15 +238,12 @@ def for_engine(commands: Iterable[str], given: Given) -> Made:
     stages: set[str] = set()
     shell = tuple(given.shell)
     uv = None
-    bases: list[str] = []
     for instruction in instructions(commands):
         word, rest = instruction.word, instruction.rest
         if word == "#":
             lines.append(f"# {rest}")
         elif word == "FROM":
-            line, reference = _from(rest, given, arguments, stages)
-            lines.append(line)
-            bases += [reference] if reference else []
+            lines.append(_from(rest, given, arguments, stages)[0])
             shell = tuple(given.shell) if reference_of(rest) == "base" else ("/bin/sh", "-c")
         elif word == "RUN":
             lines.append(_run(instruction, given, shell))
@@ -260,16 +254,35 @@ def for_engine(commands: Iterable[str], given: Given) -> Made:
             if given.after_python and _sources_of(rest) == ["/python/."]:
                 lines.append(f"RUN {json.dumps(['/bin/sh', '-c', given.after_python])}")
         else:
-            if word == "ARG" and not stages and not any(line.startswith("FROM ") for line in lines):
-                for argument in dockerfile.expand(rest, arguments):
-                    name, _, default = argument.partition("=")
-                    arguments[name] = given.build_args.get(name, default)
+            if word == "ARG" and not any(line.startswith("FROM ") for line in lines):
+                arguments |= _arguments(rest, given, arguments)
             if word == "SHELL":
                 shell = tuple(json_list(rest) or shell)
             lines.append(instruction.text)
     if not any(line.startswith("FROM ") for line in lines):
         lines.insert(0, f"FROM {given.base or 'scratch'}")
-    return Made("\n".join(lines) + "\n", shell, tuple(bases), uv)
+    return Made("\n".join(lines) + "\n", shell, uv)
+
+
+def bases(commands: Iterable[str], given: Given) -> list[str]:
+    """The images of registries that a Dockerfile is made from, as far as that can be told."""
+    found: list[str] = []
+    arguments: dict[str, str] = {}
+    stages: set[str] = set()
+    begun = False
+    for instruction in instructions(commands):
+        if instruction.word == "ARG" and not begun:
+            arguments |= _arguments(instruction.rest, given, arguments)
+        elif instruction.word == "FROM":
+            begun = True
+            found.append(_from(instruction.rest, given, arguments, stages)[1])
+    return [reference for reference in dict.fromkeys(found) if reference]
+
+
+def _arguments(rest: str, given: Given, before: Mapping[str, str]) -> dict[str, str]:
+    """What an ARG before the first FROM says, for those that follow."""
+    pairs = (argument.partition("=") for argument in dockerfile.expand(rest, before))
+    return {name: given.build_args.get(name, default) for name, _, default in pairs}
 
 
 def _from(rest: str, given: Given, arguments: Mapping[str, str], stages: set[str]) -> tuple[str, str]:

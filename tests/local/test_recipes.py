@@ -134,8 +134,9 @@ def test_arguments_of_from() -> None:
     commands = ("ARG V=22.04", "ARG W=${V}-x", "FROM ubuntu:$W")
     assert made(*commands)[-1] == "FROM docker.io/library/ubuntu:22.04-x"
     assert made(*commands, build_args={"V": "24.04"})[-1] == "FROM docker.io/library/ubuntu:24.04-x"
-    result = for_engine(["FROM a/b", "FROM scratch", "FROM base"], Given("localhost/p", {}))
-    assert result.bases == ("docker.io/a/b",)
+    assert recipes.bases(commands, Given("", {})) == ["docker.io/library/ubuntu:22.04-x"]
+    several = ["FROM a/b AS c", "ARG X=1", "FROM scratch", "FROM base", "FROM c", "FROM $X", "FROM a/b"]
+    assert recipes.bases(several, Given("localhost/p", {})) == ["docker.io/a/b"]
 
 
 def test_settings_come_before_what_a_run_does() -> None:
@@ -202,6 +203,7 @@ def test_indexes_that_are_away_are_left_out_of_installers_alone() -> None:
 @given(st.lists(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\x00")), max_size=4))
 def test_no_text_makes_the_reader_fail(lines: list[str]) -> None:
     recipes.beyond(lines, has)
+    recipes.bases(lines, Given("localhost/p", {}))
     for_engine(lines, Given("localhost/p", {}, mounts=MOUNTS, settings=True))
 
 
