@@ -96,9 +96,14 @@ def main(argv: list[str]) -> int:
     plane, relay, words = int(argv[0]), argv[1] == "relay", int(argv[2])
     cleanup, command = argv[3 : 3 + words], argv[3 + words :]
 
+    asked = armed = False
+
     def ended(*_: object) -> None:
+        nonlocal asked
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Ended
+        asked = True
+        if armed:
+            raise _Ended
 
     signal.signal(signal.SIGTERM, ended)
     libc = ctypes.CDLL(None)
@@ -113,6 +118,9 @@ def main(argv: list[str]) -> int:
     try:
         if os.getppid() == plane:
             process, words_of = _start(command, relay=relay)
+            armed = True  # not before: what has been started has to be known
+            if asked:
+                raise _Ended
             code = process.wait()
             if words_of is not None:
                 words_of.join()
@@ -122,6 +130,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         sys.stderr.write(f"{command[0]}: {error.strerror}\n")
     finally:
+        armed = False
         if cleanup:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 null = subprocess.DEVNULL

@@ -42,7 +42,6 @@ def test_its_steps_end_first_and_it_may_tidy_up(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
-    eventually(lambda: processes("sleep", seconds))
     process.terminate()
     assert process.stdout.read() == "ended\n", "it was not killed: its step was"
     process.wait()
@@ -57,10 +56,10 @@ def test_it_ends_with_a_plane_that_is_killed(tmp_path: Path) -> None:
         "argv = sys.argv[1:]; argv[argv.index('PLANE')] = str(os.getpid()); "
         "subprocess.Popen(argv, stdout=subprocess.DEVNULL); time.sleep(600)"
     )
-    argv = keeper(tmp_path, _STEP.format(seconds=seconds))
+    argv = keeper(tmp_path, f"touch {tmp_path}/begun; {_STEP.format(seconds=seconds)}")
     argv[argv.index(str(os.getpid()))] = "PLANE"
     plane = subprocess.Popen([sys.executable, "-c", code, *argv])
-    eventually(lambda: processes("sleep", seconds))
+    eventually(lambda: (tmp_path / "begun").exists())
     plane.send_signal(signal.SIGKILL)
     plane.wait()
     eventually(lambda: (tmp_path / "cleaned").exists())
