@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from modal_proto import api_pb2
 
 from gpuctl.local import machine, recipes
-from gpuctl.local.engines import Engine, EngineError, Order
+from gpuctl.local.engines import Engine, EngineError, ImageFacts, Order
 from gpuctl.local.image_trees import remove_tree
 from gpuctl.local.installers import ImageBuildError, Log, unreachable
 from gpuctl.local.layers import Layer, RunFunction
@@ -171,7 +171,13 @@ class EngineBuild:
                 )
         commands = list(recipe.image.dockerfile_commands)
         given = recipes.Given(
-            base, recipe.image.build_args, layer.shell, mounts, bool(script), left_out=self._left_out
+            base,
+            recipe.image.build_args,
+            layer.shell,
+            mounts,
+            bool(script),
+            as_root=parent is not None and _has_a_user(await engine.facts(base)),
+            left_out=self._left_out,
         )
         for reference in recipes.bases(commands, given):
             login = _login(recipe.image.image_registry_config.registry_auth_type, recipe.registry_env)
@@ -229,8 +235,10 @@ class EngineBuild:
         layer.base_python = layer.python_version = ""
         layer.env, layer.workdir = dict(facts.env), facts.workdir
         layer.entrypoint = list(facts.entrypoint)
-        if facts.user.partition(":")[0] not in ("", "root", "0"):
-            text = f"USER {facts.user} counts for the commands of builds alone: containers here run as root"
+        if _has_a_user(facts):
+            text = (
+                f"USER {facts.user} counts for the commands of its layer alone: containers here run as root"
+            )
             layer.warnings = [*(w for w in layer.warnings if not w.startswith("USER ")), text]
             self._log(f"warning: {text}\n")
 
@@ -248,6 +256,11 @@ class EngineBuild:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(file.data)
             place.chmod(0o644)
+
+
+def _has_a_user(facts: ImageFacts | None) -> bool:
+    """Another than root."""
+    return facts is not None and facts.user.partition(":")[0] not in ("", "root", "0")
 
 
 def _login(kind: int, env: Mapping[str, str]) -> tuple[str, str] | None:

@@ -208,7 +208,8 @@ class Given:
     """What the Dockerfile of a layer is made with.
 
     `base` is the engine's image of the parent; `shell` what RUN uses, of the parent; `mounts` are options of every
-    RUN, and with `settings` each reads them first.
+    RUN, and with `settings` each reads them first. `as_root`: the parent's user is another, which counts for the
+    layer alone that names it: what the client puts upon that is installed for the whole system.
     """
 
     base: str
@@ -216,6 +217,7 @@ class Given:
     shell: Sequence[str] = ("/bin/sh", "-c")
     mounts: Sequence[str] = ()
     settings: bool = False
+    as_root: bool = False
     after_python: str = ""  # a command that follows the copy of a Python that the context brings
     left_out: Callable[[str, str], bool] = lambda _option, _url: (
         False
@@ -244,14 +246,19 @@ def for_engine(commands: Iterable[str], given: Given) -> Made:
             lines.append(f"# {rest}")
         elif word == "FROM":
             lines.append(_from(rest, given, arguments, stages)[0])
+            if given.as_root and reference_of(rest) == "base":
+                lines.append("USER root")
             shell = tuple(given.shell) if reference_of(rest) == "base" else ("/bin/sh", "-c")
         elif word == "RUN":
             lines.append(_run(instruction, given, shell))
         elif word == "COPY":
             text, version = _copy(instruction, stages)
             uv = version or uv
+            brings_python = _sources_of(rest) == ["/python/."]
+            if brings_python:  # upon a base whose user may be another
+                lines.append("USER root")
             lines.append(text)
-            if given.after_python and _sources_of(rest) == ["/python/."]:
+            if brings_python and given.after_python:
                 lines.append(f"RUN {json.dumps(['/bin/sh', '-c', given.after_python])}")
         else:
             if word == "ARG" and not any(line.startswith("FROM ") for line in lines):

@@ -151,8 +151,9 @@ def test_a_dockerfile(engine_plane: EnginePlane) -> None:
         "bash": "2",
         "stage": "made in another stage",
         "env": "hello   nobody",
+        "upon": "0",
     }
-    assert "USER worker counts for the commands of builds alone" in done.stdout + done.stderr
+    assert "USER worker counts for the commands of its layer alone" in done.stdout + done.stderr
 
 
 def test_a_server_and_commands_in_its_container(engine_plane: EnginePlane) -> None:

@@ -177,8 +177,16 @@ def test_a_uv_of_ours_stands_for_that_of_its_image() -> None:
 
 def test_a_python_that_comes_along_is_settled() -> None:
     lines = made("FROM base", "COPY /python/. /usr/local", "COPY a /b", after_python=SETTLE)
-    assert lines[2].startswith('RUN ["/bin/sh", "-c", "cd /usr/local/lib/gpuctl-libraries')
-    assert lines[3] == "COPY a /b"
+    assert lines[1:3] == ["USER root", "COPY /python/. /usr/local"], "whoever the user of the base is"
+    assert lines[3].startswith('RUN ["/bin/sh", "-c", "cd /usr/local/lib/gpuctl-libraries')
+    assert lines[4] == "COPY a /b"
+
+
+def test_the_user_of_a_parent_counts_for_its_own_layer_alone() -> None:
+    assert made("FROM base", "RUN pip install six", as_root=True)[1:] == ["USER root", "RUN pip install six"]
+    assert "USER root" not in made("FROM base", "RUN pip install six")
+    stages = ["FROM a/b AS one", "FROM base", "USER worker", "RUN id"]
+    assert made(*stages, as_root=True)[2:] == ["USER root", "USER worker", "RUN id"]
 
 
 def test_indexes_that_are_away_are_left_out_of_installers_alone() -> None:

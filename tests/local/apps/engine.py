@@ -40,7 +40,7 @@ layered = (
 )
 docker = modal.Image.from_dockerfile(
     HERE / "Dockerfile.engine", build_args={"BASE": os.environ.get("T_PYTHON", "x")}
-)
+).run_commands("id -u > /usr/as")
 without = modal.Image.from_registry(os.environ.get("T_BARE", "localhost/none"))
 failing = bare.run_commands("echo the reason of it >&2; exit 7")
 slow = bare.run_commands("echo begun; sleep 9876", force_build=True)
@@ -85,6 +85,7 @@ def in_docker():
         "bash": Path("/by-worker/bash").read_text().strip(),
         "stage": Path("/from-stage").read_text().strip(),
         "env": os.environ["GREETING"],
+        "upon": Path("/usr/as").read_text().strip(),
     }
 
 
