@@ -98,6 +98,7 @@ class Engine:
 
     name: str
     version: str
+    label: str = ""  # tells the images of one cache from those of another, which are removed apart
     _isolation: list[str] = field(default_factory=list)
 
     @property
@@ -107,7 +108,7 @@ class Engine:
 
     def tag(self, image_id: str) -> str:
         """What it calls our image of this id."""
-        return f"{_TAG}{image_id}"
+        return f"{_TAG}{image_id}:{self.label or 'latest'}"
 
     async def facts(self, reference: str) -> ImageFacts | None:
         """Of an image that it has; None where it has none of that name."""
@@ -285,7 +286,8 @@ def _last_words(tail: str) -> str:
 class Engines:
     """Finds the engine of this machine, once."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str = "") -> None:
+        self._label = label
         self._wanted = os.environ.get(VARIABLE, "")
         self._found: Engine | None = None
         self._looked_at = -_AGAIN_SECONDS
@@ -305,7 +307,7 @@ class Engines:
             if self._found is None and time.monotonic() - self._looked_at >= _AGAIN_SECONDS:
                 problems: list[str] = []
                 for name in [self._wanted] if self._wanted else CHOICES[:2]:
-                    self._found = await _probe(name, problems)
+                    self._found = await _probe(name, problems, self._label)
                     if self._found is not None:
                         break
                 self.problem = "; ".join(problems)
@@ -313,7 +315,7 @@ class Engines:
         return self._found
 
 
-async def _probe(name: str, problems: list[str]) -> Engine | None:
+async def _probe(name: str, problems: list[str], label: str) -> Engine | None:
     if shutil.which(name) is None:
         problems.append(f"{name} is not installed")
         return None
@@ -334,4 +336,4 @@ async def _probe(name: str, problems: list[str]) -> Engine | None:
         return None
     if name == "docker" and "podman" in error.decode(errors="replace").lower():
         name = "podman"  # its stand-in for Docker's command
-    return Engine(name, version)
+    return Engine(name, version, label)

@@ -80,7 +80,8 @@ class ImageStore:
         # What the commands of a build may not see: secrets, other images.
         self.hide = (Path.home(), cache_dir.absolute(), *hide)
         self.overlays = overlays or Overlays(cache_dir.absolute() / "host", hide=self.hide)
-        self.engines = engines or Engines()
+        label = hashlib.sha256(str(cache_dir.absolute()).encode()).hexdigest()[:12]
+        self.engines = engines or Engines(label)
         self._recipes: dict[str, Callable[[], Recipe]] = {}
         self._fallen_back: dict[str, float] = {}  # images that an engine could not build, and when
         self._images = cache_dir.absolute() / "images"
@@ -251,14 +252,14 @@ class ImageStore:
         """The parent as the engine has it: built again by it, all the chain, where it was a virtual environment."""
         if (layer := self.parent(image)) is None:
             return None
-        if layer.engine:
-            return layer
+        if layer.engine and await engine.facts(engine.tag(layer.id)) is not None:
+            return layer  # else it was built by another one, or removed from this
         folder = self._images / layer.id
         kept = folder / "by-engine.json"
         async with locked(self._images / f"{layer.id}.lock"):
             try:
                 twin = Layer(**json.loads(kept.read_text()))
-                if await engine.facts(twin.engine_image) is not None:
+                if await engine.facts(engine.tag(twin.id)) is not None:
                     return twin
             except (OSError, ValueError, TypeError):
                 pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import http.server
 import json
 import signal
@@ -52,15 +53,22 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     bases.make(found, tmp_path_factory.mktemp("bases"))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GPUCTL_LOCAL_ENGINE", raising=False)
-        before = _tags(found)
         yield found
-        if new := _tags(found) - before:
-            bases.ask(found, "rmi", "--force", *new)
 
 
-def _tags(engine: Engine) -> set[str]:
+def _tags(engine: Engine, cache: Path) -> list[str]:
+    """What the engine has built for this cache."""
+    label = hashlib.sha256(str(cache.absolute()).encode()).hexdigest()[:12]
     listed = bases.ask(engine, "images", "--format", "{{.Repository}}:{{.Tag}}")
-    return {tag for tag in listed.split() if tag.startswith("localhost/gpuctl/")}
+    return [
+        tag for tag in listed.split() if tag.startswith("localhost/gpuctl/") and tag.endswith(f":{label}")
+    ]
+
+
+def _forget(engine: Engine, cache: Path) -> None:
+    if tags := _tags(engine, cache):
+        bases.ask(engine, "rmi", "--force", *tags)
+    remove_tree(cache)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +79,14 @@ def engine_plane(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> It
     yield plane
     plane.down()
     assert plane.containers() == []
-    remove_tree(plane.cache)
+    _forget(engine, plane.cache)
 
 
 @pytest.fixture(scope="module")
 def store(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageStore]:
-    store = ImageStore(tmp_path_factory.mktemp("cache"))
-    yield store
-    remove_tree(store.root_of("x").parent)
+    cache = tmp_path_factory.mktemp("cache")
+    yield ImageStore(cache)
+    _forget(engine, cache)
 
 
 def found_in(done: subprocess.CompletedProcess[str]) -> object:
@@ -131,7 +139,7 @@ def test_an_image_of_a_registry_with_all_that_the_sdk_adds(engine_plane: EngineP
     assert f"{engine.name} build" not in again.stdout + again.stderr, "it is built once"
 
     # A secret of a build is in no layer, no history, no file of ours, and no log.
-    for tag in _tags(engine):
+    for tag in _tags(engine, engine_plane.cache):
         for words in (["history", "--no-trunc"], ["image", "inspect"]):
             told = bases.ask(engine, *words, tag)
             assert TOKEN not in told
