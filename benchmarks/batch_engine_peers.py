@@ -1,14 +1,17 @@
-"""The sides of batch_engine.py, in the interpreter that has vLLM: `batch_engine_peers.py ROUNDS ROWS SHARD`.
+"""The sides of batch_engine.py, in the interpreter that has vLLM: `batch_engine_peers.py ROUNDS ROWS SHARD [RAY]`.
 
-`worker` is the rendered processor, SHARD the rows in a shard. What was measured is written as JSON, behind an @.
+`worker` is the rendered processor, SHARD the rows in a shard, RAY the folder that has Ray, if it takes part. What was
+measured is written as JSON, behind an @.
 """
 
 import asyncio
 import gc
 import gzip
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -140,6 +143,25 @@ def batch(arguments: list[str]) -> Callable[[], int]:
     return run
 
 
+class RayData:
+    """Ray's processor, in a process that loads an engine of its own each time: it says how long the rest took."""
+
+    def __init__(self, model: str, rows: int, packages: str) -> None:
+        self.argv = [sys.executable, str(Path(__file__).with_name("batch_engine_ray.py"))]
+        self.argv += [model, str(rows), str(TOKENS)]
+        self.rows = rows
+        self.env = {**os.environ, "PYTHONPATH": packages, "RAY_USAGE_STATS_ENABLED": "0"}
+        self.seconds = 0.0
+
+    def __call__(self) -> int:
+        done = subprocess.run(self.argv, env=self.env, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(done.stdout + done.stderr)
+        (said,) = (line for line in done.stdout.splitlines() if line.startswith("@"))
+        self.seconds = json.loads(said[1:])
+        return self.rows
+
+
 def processor_time() -> tuple[float, float]:
     """Seconds of this process, and of the engines' below it."""
     below = psutil.Process().children(recursive=True)
@@ -151,7 +173,7 @@ def spent_since(before: tuple[float, float], rows: int) -> str:
     return f"{own:.2f} + {below:.2f} in the engine"
 
 
-def main(rounds: int, rows: int, size: int) -> None:
+def main(rounds: int, rows: int, size: int, packages: str = "") -> None:
     model = worker.make_tiny_model()
     url = "/v1/chat/completions"
     fields = {"model": model, "temperature": 0, "max_tokens": TOKENS}
@@ -166,15 +188,23 @@ def main(rounds: int, rows: int, size: int) -> None:
     worker.volume = SimpleNamespace(commit=lambda: None, reload=lambda: None)
     worker.live = SimpleNamespace(put=lambda *_: None, get=lambda _: None)
     line = worker.Line(worker.VllmProcessor())
-    sides = {"ours": ours(line, rows, size), "bare": bare(model, rows), "run-batch": batch(arguments)}
+    sides: dict[str, Any] = {
+        "ours": ours(line, rows, size),
+        "bare": bare(model, rows),
+        "run-batch": batch(arguments),
+    }
+    if packages:
+        sides["ray"] = RayData(model, rows, packages)
     times: dict[str, list[float]] = {name: [] for name in sides}
     taken: list[float] = []  # by ours, of the processors
     for number in range(rounds + 1):
         for name, run in sides.items():
+            if name == "ray" and not number:
+                continue  # it begins anew each time
             gc.collect()
             began, spent = time.perf_counter(), processor_time()
             assert run() == rows, name
-            took = time.perf_counter() - began
+            took = run.seconds if name == "ray" else time.perf_counter() - began
             if number:  # the first is for the caches
                 times[name].append(took)
             if number and name == "ours":
@@ -189,4 +219,4 @@ def main(rounds: int, rows: int, size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

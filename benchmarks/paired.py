@@ -75,12 +75,16 @@ def compare(ours: Side, other: Side, *, rounds: int, target: float) -> bool:
 
 
 def options(description: str | None, rounds: int) -> argparse.Namespace:
+    return parser_of(description, rounds).parse_args()
+
+
+def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--rounds", type=int, default=rounds, help=f"how often each is run (default {rounds})"
     )
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
-    return parser.parse_args()
+    return parser
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
