@@ -194,6 +194,12 @@ def fetch_of(remote: Remote, output: str | None, *, overwrite: bool, partial: bo
             if state == RUNNING
             else f"`{remote.command('resume')}` goes on with it, --partial fetches what there is",
         )
+    if not status["shards_ended"]:  # their answers come together
+        goes_on = remote.command("wait" if state == RUNNING else "resume")
+        raise GpuctlError(
+            f"job {job.name}: none of its {status['shards']:,} shards has ended, so there is nothing to fetch yet",
+            hint=f"`{goes_on}` goes on; the {status['done']:,} rows that are done are kept",
+        )
     return fetch(remote, job, status, console=remote.console)
 
 

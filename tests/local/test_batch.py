@@ -160,6 +160,49 @@ def test_what_was_cancelled_goes_on_where_it_stopped(batch: Batch) -> None:
     check_squares(batch, 1000, tries=1)
 
 
+def test_a_cap_stops_what_is_charged(batch: Batch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on Modal, with the prices that this plane tells: it is an account like any other."""
+    monkeypatch.delenv("GPUCTL_TARGET")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where prices are kept
+    for name, value in batch.plane.now.client_env().items():
+        monkeypatch.setenv(name, value)
+    rows = batch.rows(3000, seconds=0.05)
+    words = (
+        f"{WORK}:slowly",
+        rows,
+        "-o",
+        "out.jsonl",
+        "--retries",
+        "0",
+        "--name",
+        "capped",
+        "--cpu",
+        "64",
+        "-y",
+    )
+    _, err = batch.run(*words, "--max-cost", "0.01", code=1)
+    assert "the job stops at $0.01" in err
+    assert "capped was stopped: $0.0" in err
+    assert "batch resume capped" in err
+    stopped = batch.json("status", "capped")
+    assert (stopped["state"], stopped["rows"]) == ("stopped", 3000)
+    assert 0.01 <= stopped["usd"] < 0.02
+    assert 0 < stopped["done"] < 2970
+    if stopped["shards_ended"]:
+        batch.run("fetch", "capped", "--partial", "-o", "part.jsonl")
+        kept = [line["custom_id"] for line in batch.lines("part.jsonl")]
+        assert kept == [f"row-{n}" for n in range(3000) if f"row-{n}" in kept], "of whole shards, in order"
+    else:
+        _, err = batch.run("fetch", "capped", "--partial", "-o", "part.jsonl", code=1)
+        assert "none of its 8 shards has ended" in err
+        assert not (batch.folder / "part.jsonl").exists()
+
+    told = batch.json("resume", "capped", "--max-cost", "5", "--concurrency", "50", "-y")
+    assert (told["state"], told["done"], told["failed"]) == ("done", 2970, 30)
+    assert told["usd"] > stopped["usd"]
+    check_squares(batch, 3000, tries=1)
+
+
 def test_a_row_that_kills_its_container_is_told_and_the_others_are_answered(batch: Batch) -> None:
     lines = [{"n": n} for n in range(60)]
     lines[17]["poison"] = True  # type: ignore[assignment]

@@ -1833,6 +1833,8 @@ class Driver:
         # What they said last: figures, and no rows.
         with contextlib.suppress(Exception):
             await self.hear()
+        if self.state == "stopped" and self.unwritten is None and self.all_ended():
+            self.state, self.problem = "running", None  # it came too late
         if self.state == "running" and todo:
             # A call may take a day: the next goes on.
             await drive.spawn.aio(self.run, self.retry_failed)
@@ -1868,6 +1870,9 @@ class Driver:
             return True
         retried = ended.get("run") == self.run
         return self.retry_failed and ended["failed"] > 0 and not retried
+
+    def all_ended(self) -> bool:
+        return not any(map(self.is_to_do, range(self.ledger.shards)))
 
     def next_shards(self, todo: collections.deque[int]) -> list[int]:
         """Those of the next call: more than one where they are quick. They are small
