@@ -151,12 +151,19 @@ class Overlays:
         except OSError:
             return
         for child in children:
-            state = child.stat(follow_symlinks=False)
-            mine = state.st_uid == os.geteuid()
-            if child.path in mounted or not (mine or state.st_mode & _OTHERS_MAY_LOOK == _OTHERS_MAY_LOOK):
+            try:
+                state = child.stat(follow_symlinks=False)
+                mine = state.st_uid == os.geteuid()
+                if child.path in mounted or not (
+                    mine or state.st_mode & _OTHERS_MAY_LOOK == _OTHERS_MAY_LOOK
+                ):
+                    continue
+                if not mine:
+                    self._sketch(child.path)
+            except (
+                FileNotFoundError
+            ):  # others' folders come and go, as those of a container engine's builds do
                 continue
-            if not mine:
-                self._sketch(child.path)
             self._outline(child.path, mounted)
 
     def _sketch(self, folder: str) -> None:
