@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.batch import jobs, schedules
-from gpuctl.batch.follow import RUNNING, alive, duration
+from gpuctl.batch.follow import RUNNING, alive, counted, duration
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.remote import Remote
 from gpuctl.batch.render import render_batch
@@ -197,8 +197,8 @@ def fetch_of(remote: Remote, output: str | None, *, overwrite: bool, partial: bo
     if not status["shards_ended"]:  # their answers come together
         goes_on = remote.command("wait" if state == RUNNING else "resume")
         raise GpuctlError(
-            f"job {job.name}: none of its {status['shards']:,} shards has ended, so there is nothing to fetch yet",
-            hint=f"`{goes_on}` goes on; the {status['done']:,} rows that are done are kept",
+            f"job {job.name}: no shard of it has ended, so there is nothing to fetch yet",
+            hint=f"`{goes_on}` goes on; what is done ({counted(status['done'], 'row')}) is kept",
         )
     return fetch(remote, job, status, console=remote.console)
 

@@ -416,13 +416,13 @@ class ContainerRuntime:
         return tops(files)
 
     def _environment(self, spec: ContainerSpec, way_out: dict[str, str]) -> dict[str, str]:
-        venv, path = f"{IMAGE_PATH}/venv", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        own = {} if spec.image.engine else {"PATH": f"{venv}/bin:{path}", "VIRTUAL_ENV": venv}
+        venv = f"{IMAGE_PATH}/venv"
+        own = {"PATH": f"{venv}/bin:{sandbox.SYSTEM_PATH}", "VIRTUAL_ENV": venv}
         environment = {
-            "PATH": path,
+            "PATH": sandbox.SYSTEM_PATH,
             "LANG": "C.UTF-8",
             "HOME": "/root",
-            **own,
+            **({} if spec.image.engine else own),
             **way_out,
             **spec.env,
             "MODAL_SERVER_URL": f"unix://{_PLANE_SOCKET}",

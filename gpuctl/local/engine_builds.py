@@ -23,7 +23,7 @@ from modal_proto import api_pb2
 from gpuctl.local import machine, recipes
 from gpuctl.local.engines import Engine, EngineError, ImageFacts, Order
 from gpuctl.local.image_trees import remove_tree
-from gpuctl.local.installers import ImageBuildError, Log, unreachable
+from gpuctl.local.installers import ImageBuildError, Log, goes_without
 from gpuctl.local.layers import Layer, RunFunction
 from gpuctl.local.overlays import is_opaque, is_whiteout
 from gpuctl.local.pythons import LIBRARIES, SETTLE, bring_python
@@ -177,7 +177,7 @@ class EngineBuild:
             mounts,
             bool(script),
             as_root=parent is not None and _has_a_user(await engine.facts(base)),
-            left_out=self._left_out,
+            left_out=lambda option, url: goes_without(option, url, self._log),
         )
         for reference in recipes.bases(commands, given):
             login = _login(recipe.image.image_registry_config.registry_auth_type, recipe.registry_env)
@@ -218,13 +218,6 @@ class EngineBuild:
         layer.id, layer.shell = image_id, list(made.shell)
         await self._describe(layer, tag)
         return layer
-
-    def _left_out(self, option: str, url: str) -> bool:
-        """Whether an installer is to go on without this index: it would be asked in vain for every single package."""
-        if (reason := unreachable(url)) is None:
-            return False
-        self._log(f"going on without {option} {url}, which cannot be reached from here: {reason}\n")
-        return True
 
     async def _describe(self, layer: Layer, tag: str) -> None:
         facts = await self._engine.facts(tag)

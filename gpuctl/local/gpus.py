@@ -67,9 +67,8 @@ def driver_files() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     found = driver_libraries(done.stdout)
-    for program in ("nvidia-smi",):
-        if place := shutil.which(program):
-            found[f"bin/{program}"] = place
+    if place := shutil.which("nvidia-smi"):
+        found["bin/nvidia-smi"] = place
     return {inside: os.path.realpath(place) for inside, place in found.items()}
 
 

@@ -152,14 +152,20 @@ def without_unreachable_indexes(arguments: list[str], log: Log) -> list[str]:
             out.append(word)
             continue
         url = value if equals else next(pairs, "")
-        if url.startswith(("http://", "https://")) and (reason := unreachable(url)):
-            log(f"going on without {option} {url}, which cannot be reached from here: {reason}\n")
-        else:
+        if not (url.startswith(("http://", "https://")) and goes_without(option, url, log)):
             out += [option, url]
     return out
 
 
-def unreachable(url: str) -> str | None:
+def goes_without(option: str, url: str, log: Log) -> bool:
+    """Whether an installer is to do without this index, because it cannot be reached; then that is said."""
+    if (reason := _unreachable(url)) is None:
+        return False
+    log(f"going on without {option} {url}, which cannot be reached from here: {reason}\n")
+    return True
+
+
+def _unreachable(url: str) -> str | None:
     """None when something listens there (or a proxy stands before it: then pip is left to find out)."""
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)

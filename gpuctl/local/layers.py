@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 RunFunction = Callable[["BuiltImage", Path, Log], Awaitable[None]]  # with the root folder of its container
 
-_PATH = f"{IMAGE_PATH}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PATH = f"{IMAGE_PATH}/venv/bin:{sandbox.SYSTEM_PATH}"
 _READ_ONLY_HINT = (
     ": here a build can write to /root, /tmp, /home, /mnt, /srv, the Python environment, what add_local_… copied and "
     "new folders at the top; the rest is this machine's own system, read-only, because overlayfs does not mount: "
@@ -230,7 +230,7 @@ class LayerBuild:
     async def _from(self, reference: str) -> None:
         if reference == "base":
             return
-        if match := re.match(r"(?:docker\.io/)?(?:library/)?python:(\d+\.\d+)", reference):
+        if match := recipes.OFFICIAL_PYTHON.match(reference):
             self._official_python = True
             await self._new_environment(match[1])
             return

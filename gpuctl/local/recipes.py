@@ -25,7 +25,7 @@ SETTINGS_ID, SETTINGS_PATH = "gpuctl-settings", "/run/gpuctl-settings"
 CERTIFICATES_ID, CERTIFICATES_PATH = "gpuctl-certificates", "/run/gpuctl-certificates.pem"
 UV_CONTEXT = "/.gpuctl/uv"  # where in the context a uv lies, for those who copy one from its own image
 
-_OFFICIAL_PYTHON = re.compile(r"(?:docker\.io/)?(?:library/)?python:(\d+\.\d+)")
+OFFICIAL_PYTHON = re.compile(r"(?:docker\.io/)?(?:library/)?python:(\d+\.\d+)")
 # What the client's own debian_slim() installs: where images are this machine's, they are its own business.
 _OF_DEBIAN_SLIM = {"gcc", "gfortran", "build-essential"}
 _DIRECTIVE = re.compile(r"#\s*(syntax|escape|check)\s*=\s*(\S.*?)\s*", re.IGNORECASE)
@@ -108,7 +108,7 @@ def beyond(commands: Sequence[str], has_program: Callable[[str], bool]) -> list[
         if word == "FROM":
             reference = reference_of(rest)
             stages += 1
-            official = bool(_OFFICIAL_PYTHON.match(reference))
+            official = bool(OFFICIAL_PYTHON.match(reference))
             if stages > 1:
                 found.append("several stages")
             elif reference != "base" and not official:
@@ -209,7 +209,8 @@ class Given:
 
     `base` is the engine's image of the parent; `shell` what RUN uses, of the parent; `mounts` are options of every
     RUN, and with `settings` each reads them first. `as_root`: the parent's user is another, which counts for the
-    layer alone that names it: what the client puts upon that is installed for the whole system.
+    layer alone that names it: what the client puts upon that is installed for the whole system. `left_out` says of an
+    installer's option and the index that it names whether to do without.
     """
 
     base: str
@@ -219,9 +220,7 @@ class Given:
     settings: bool = False
     as_root: bool = False
     after_python: str = ""  # a command that follows the copy of a Python that the context brings
-    left_out: Callable[[str, str], bool] = lambda _option, _url: (
-        False
-    )  # whether to install without that index
+    left_out: Callable[[str, str], bool] = lambda _option, _url: False
 
 
 @dataclass(frozen=True)

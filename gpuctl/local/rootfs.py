@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 # What every container gets anew, whatever the image has there.
 _OF_THE_KERNEL = ("dev", "proc", "sys")
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASK_PYTHON = """
 import json, os, platform, site, sys
@@ -202,7 +201,7 @@ async def find_python(overlays: Overlays, tree: Path, env: Mapping[str, str]) ->
     """The Python that containers of this root run on, as its PATH says. Raises ImageBuildError where there is none."""
     if found := kept_python(tree):
         return found
-    program = find_program(tree / "files", env.get("PATH", _PATH), "python", "python3")
+    program = find_program(tree / "files", env.get("PATH", sandbox.SYSTEM_PATH), "python", "python3")
     if program is None:
         raise ImageBuildError(
             'the image has no Python, on which Modal\'s client runs: add_python="3.12" (of from_registry and '
@@ -237,7 +236,9 @@ async def run_in(
         root = overlays.root(scratch, tree, (), (), whole=True)
         for source, target in (binds or {}).items():
             root.bind(source, target, read_only=False)
-        program = sandbox.Program(argv, {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", **env}, "/")
+        program = sandbox.Program(
+            argv, {"PATH": sandbox.SYSTEM_PATH, "HOME": "/root", "LANG": "C.UTF-8", **env}, "/"
+        )
         launched = await sandbox.launch(scratch, root, program, merge_stderr=True)
         said: list[str] = []
         try:

@@ -43,6 +43,7 @@ CERTIFICATES = (
     "SSL_CERT_FILE",
 )
 
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of programs in a sandbox
 INIT = Path(__file__).with_name("container_init.py")
 
 # Top-level places of the host that a container never sees; some are replaced by the container's own.

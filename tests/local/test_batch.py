@@ -194,7 +194,7 @@ def test_a_cap_stops_what_is_charged(batch: Batch, monkeypatch: pytest.MonkeyPat
         assert kept == [f"row-{n}" for n in range(3000) if f"row-{n}" in kept], "of whole shards, in order"
     else:
         _, err = batch.run("fetch", "capped", "--partial", "-o", "part.jsonl", code=1)
-        assert "none of its 8 shards has ended" in err
+        assert "no shard of it has ended" in err
         assert not (batch.folder / "part.jsonl").exists()
 
     told = batch.json("resume", "capped", "--max-cost", "5", "--concurrency", "50", "-y")
