@@ -42,6 +42,12 @@ _UNREACHABLE = re.compile(
 )
 # How Podman says that its runtime starts no containers here, whatever the command: a change of root still may do.
 _NO_CONTAINERS = re.compile(r"creating container for \[|error creating (?:container|cgroup)", re.IGNORECASE)
+# How Podman says that another process removed or made, in its store, what it was about to use: it locks parts of it.
+_DISTURBED = re.compile(
+    r"^Error: .*(?:layer not known|image not known|identifier is not a (?:container|layer|image))",
+    re.MULTILINE,
+)
+_TIMES = 3  # that a command is tried which is disturbed
 # How engines say that they cannot build as they are asked to, at all: Docker without BuildKit, older ones without
 # secrets that come from variables. What a step says is no such word.
 _NO_BUILDER = re.compile(
@@ -174,15 +180,20 @@ class Engine:
         argv += [f"--secret={secret}" for secret in order.secrets]
         argv += [f"--build-arg={name}={value}" for name, value in order.build_args.items()]
         argv += ["--no-cache"] if order.anew else []
-        code, tail = await self._say([*argv, *self._isolation, str(order.context)], log, environment)
-        if code != 0 and self.name == "podman" and not self._isolation and _NO_CONTAINERS.search(tail):
-            log("podman starts no containers here: again with --isolation=chroot\n")
-            self._isolation.append("--isolation=chroot")
+        for left in reversed(range(_TIMES)):
             code, tail = await self._say([*argv, *self._isolation, str(order.context)], log, environment)
-        if code != 0:
-            words = _last_words(tail)
-            kind = EngineError if _NO_BUILDER.match(words.partition("\n")[0]) else ImageBuildError
-            raise kind(f"{self.name} build: {words}")
+            if code == 0:
+                return
+            if self.name == "podman" and not self._isolation and _NO_CONTAINERS.search(tail):
+                log("podman starts no containers here: again with --isolation=chroot\n")
+                self._isolation.append("--isolation=chroot")
+            elif left and self.name == "podman" and _DISTURBED.search(tail):
+                log("podman was disturbed by another of its commands: again\n")
+            else:
+                break
+        words = _last_words(tail)
+        kind = EngineError if _NO_BUILDER.match(words.partition("\n")[0]) else ImageBuildError
+        raise kind(f"{self.name} build: {words}")
 
     @contextlib.asynccontextmanager
     async def exported(self, image: str, out: int) -> AsyncIterator[asyncio.subprocess.Process]:
