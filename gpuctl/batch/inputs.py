@@ -110,6 +110,14 @@ class Input:
         asked = ASKED[self.url] + (f" of column {column}" if column else "")
         return "; ".join([f"{where}: {what}, {asked}", *found.skipped])
 
+    def files(self) -> Iterator[Path]:
+        """What is read, but for stdin."""
+        for file in self._found.files:
+            yield self._found.folder / file
+        for reader in self._found.readers:
+            if reader.source.path is not None:
+                yield reader.source.path
+
     @property
     def digest(self) -> str:
         """A sha256 of what was read so far, in its order, and of what is asked of it."""

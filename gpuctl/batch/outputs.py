@@ -27,7 +27,7 @@ from gpuctl.batch.sources import need_pyarrow
 from gpuctl.errors import usage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from types import TracebackType
 
     from gpuctl.batch.rows import Result
@@ -71,6 +71,7 @@ class Destination:
     format: Format
     errors: Path
     pictures: bool = False  # a folder of pictures, with the answers in a file among them
+    errors_named: bool = False  # by --errors: what is there is not one of ours
 
     @property
     def folder(self) -> bool:
@@ -83,7 +84,11 @@ class Destination:
         return self.format in TABLES
 
     def check(self, *, overwrite: bool) -> None:
-        """Refuse now what would fail when all is answered."""
+        """Refuse now what would fail when all is answered, or would take the place of what is somebody's."""
+        self._check_answers(overwrite)
+        self._check_errors(overwrite)
+
+    def _check_answers(self, overwrite: bool) -> None:
         if self.path is None:
             return
         parent = self.path.parent
@@ -102,6 +107,41 @@ class Destination:
             raise usage_error(f"-o {self.path}: exists", hint="--overwrite replaces it, or name another")
         if not os.access(parent, os.W_OK):
             raise usage_error(f"-o {self.path}: {parent} may not be written")
+
+    def _check_errors(self, overwrite: bool) -> None:
+        errors, beside = self.errors, "" if self.errors_named else " (beside the output)"
+        if errors.is_dir():
+            raise usage_error(f"--errors {errors}{beside}: a folder; rows without an answer go into a file")
+        if not self.errors_named:
+            return
+        if self.path is not None and os.path.realpath(errors) == os.path.realpath(self.path):
+            raise usage_error(
+                f"--errors {errors}: is the output; rows without an answer go into a file of their own"
+            )
+        if errors.parent != self.path and not errors.parent.is_dir():
+            raise usage_error(f"--errors {errors}: no folder {errors.parent}")
+        if errors.is_file() and not overwrite:
+            raise usage_error(f"--errors {errors}: exists", hint="--overwrite replaces it, or name another")
+
+    def check_apart(self, inputs: Iterable[Path]) -> None:
+        """Refuse to write to what is read: an output, or its errors file, among the input's files."""
+        ours = [("-o", self.path), ("--errors", self.errors)]
+        there = [(option, path, path.stat()) for option, path in ours if path is not None and path.is_file()]
+        into = os.path.realpath(self.path) if self.path and self.format in FOLDERS else None
+        if not there and into is None:
+            return
+        for file in inputs:
+            with contextlib.suppress(OSError):  # what cannot be read is told as a row
+                read = file.stat()
+                for option, path, found in there:
+                    if os.path.samestat(read, found):
+                        raise usage_error(f"{option} {path}: is a file of the input; name another")
+            if into is not None and file.suffix == f".{self.format}" and _is_below(file, into):
+                raise usage_error(f"-o {self.path}: {file} is a file of the input, and would be written to")
+
+
+def _is_below(file: Path, folder: str) -> bool:
+    return os.path.realpath(file).startswith(os.path.join(folder, ""))  # noqa: PTH118
 
 
 def destination(
@@ -131,7 +171,7 @@ def destination(
         beside = (
             path / "errors.jsonl" if form in FOLDERS else path.with_name(f"{_stem(path.name)}.errors.jsonl")
         )
-    return Destination(path, form, beside)
+    return Destination(path, form, beside, errors_named=errors is not None)
 
 
 def _of_pictures(output: str, path: Path | None, form: Format | None, errors: str | None) -> Destination:
@@ -145,7 +185,8 @@ def _of_pictures(output: str, path: Path | None, form: Format | None, errors: st
             )
         if form is Format.PARQUET:
             need_pyarrow(f"--format {form}")
-        return Destination(path, form, Path(errors) if errors else path / "errors.jsonl", pictures=True)
+        beside = Path(errors) if errors else path / "errors.jsonl"
+        return Destination(path, form, beside, pictures=True, errors_named=errors is not None)
     form = form or _by_name(output, path)
     if form is not Format.OPENAI:
         what = f"--format {form}" if form else f"the suffix {PurePath(output).suffix!r}"
@@ -157,7 +198,7 @@ def _of_pictures(output: str, path: Path | None, form: Format | None, errors: st
     if output.lower().endswith(".zst"):
         need_pyarrow(f"-o {output}")
     beside = Path("errors.jsonl") if path is None else path.with_name(f"{_stem(path.name)}.errors.jsonl")
-    return Destination(path, form, Path(errors) if errors else beside)
+    return Destination(path, form, Path(errors) if errors else beside, errors_named=errors is not None)
 
 
 def needed(url: Url, form: Format) -> dict[str, str]:

@@ -121,7 +121,10 @@ def read_input(spec: BatchSpec, found: Found | None = None) -> tuple[Input, Dest
         encoding=spec.encoding,
         keep_columns=like.columns,
     )
-    return rows, destination(spec.output, url=rows.url, form=form, errors=spec.errors)
+    where = destination(spec.output, url=rows.url, form=form, errors=spec.errors)
+    if not spec.remote_output:
+        where.check_apart(rows.files())
+    return rows, where
 
 
 _KINDS = {"embedding": Url.EMBEDDINGS, "speech": Url.TRANSCRIPTIONS, "image": Url.IMAGES}

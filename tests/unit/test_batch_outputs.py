@@ -296,6 +296,11 @@ def test_the_name_says_the_format(folder: Path, output: str, form: Format, error
         ("there.csv", {"form": Format.TXT}, "-o there.csv: a file; --format txt writes a folder"),
         ("-", {"form": Format.TXT}, "--format txt: a file for each row needs a folder"),
         ("a", {"form": Format.SRT}, "--format srt: subtitles are made of recordings"),
+        ("a.csv", {"errors": "there.csv"}, "--errors there.csv: exists"),
+        ("a.csv", {"errors": "./a.csv"}, "--errors a.csv: is the output"),
+        ("a.csv", {"errors": "full"}, "--errors full: a folder"),
+        ("a.csv", {"errors": "none/e.jsonl"}, "--errors none/e.jsonl: no folder none"),
+        ("-", {"errors": "there.csv"}, "--errors there.csv: exists"),
     ],
 )
 def test_what_would_fail_is_refused_first(
@@ -308,6 +313,35 @@ def test_what_would_fail_is_refused_first(
         destination(output, url=Url.CHAT, **options).check(overwrite=False)
     assert error.value.exit_code == 2
     assert error.value.problems[0].startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("output", "errors", "says"),
+    [
+        ("b.jsonl", "in/2.jsonl", "--errors in/2.jsonl: is a file of the input"),
+        ("in/2.jsonl", None, "-o in/2.jsonl: is a file of the input"),
+        ("link.jsonl", None, "-o link.jsonl: is a file of the input"),
+        ("in/1.jsonl", None, "--errors in/1.errors.jsonl: is a file of the input"),
+    ],
+)
+def test_nothing_that_is_read_is_written_to(folder: Path, output: str, errors: str | None, says: str) -> None:
+    Path("in").mkdir()
+    for name in ("2.jsonl", "1.errors.jsonl"):
+        Path("in", name).write_text('{"prompt": "x"}\n')
+    Path("link.jsonl").symlink_to("in/2.jsonl")
+    with pytest.raises(GpuctlError) as error:
+        destination(output, url=Url.CHAT, errors=errors).check_apart(open_input(["in"]).files())
+    assert error.value.exit_code == 2
+    assert error.value.problems[0].startswith(says)
+    destination("b.jsonl", url=Url.CHAT).check_apart(open_input(["in"]).files())
+
+
+def test_a_folder_may_have_subtitles_beside_recordings_but_no_texts_upon_texts(folder: Path) -> None:
+    Path("1.txt").write_text("x")
+    files = open_input(["."]).files
+    destination("./", url=Url.CHAT, form=Format.JSON).check_apart(files())
+    with pytest.raises(GpuctlError, match=r"1\.txt is a file of the input"):
+        destination("./", url=Url.CHAT, form=Format.TXT).check_apart(files())
 
 
 def test_what_was_there_may_be_replaced_and_keeps_its_mode_and_its_link(folder: Path) -> None:

@@ -59,6 +59,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         constants={
             "TASK": "ta-1",
             "BEGAN": 0.0,
+            "UNLOADED": "unloaded",
             "SAVE_SECONDS": 0.02,
             "RETRIES": 1,
             "PATIENCE": 0.2,
@@ -450,7 +451,13 @@ def driver(tmp_path: Path) -> Any:
         "batch/ledger.py.jinja",
         "batch/driver.py.jinja",
         folder=tmp_path,
-        constants={"AT_ONCE": 2, "MOST_BYTES": 10_000, "USD_PER_SECOND": None},
+        constants={
+            "AT_ONCE": 2,
+            "MOST_BYTES": 10_000,
+            "USD_PER_SECOND": None,
+            "UNLOADED": "unloaded",
+            "MOST_UNLOADED": 3,
+        },
         schedule=None,
         files=False,
         writes=(),
@@ -495,6 +502,29 @@ def test_shards_that_ended_together_are_lines_of_the_ledger(driver: Any) -> None
     assert not driver.ledger.now
 
 
+def test_what_ends_the_process_while_it_is_loaded_has_failed(runtime: ModuleType) -> None:
+    """Modal starts another container for one that ended in order: without end, and without a word."""
+    told: dict[str, Any] = {}
+    runtime.live.put = told.__setitem__
+    with pytest.raises(RuntimeError, match="SystemExit: 2"), runtime.loading():
+        raise SystemExit(2)
+    assert told["unloaded ta-1"][1] == "SystemExit: 2"
+
+
+def test_a_job_ends_where_three_containers_could_load_nothing(driver: Any) -> None:
+    def told(count: int, when: float = 1.0) -> list[tuple[str, Any]]:
+        return [(f"unloaded ta-{n}", [driver.began + when + n, f"no {n}"]) for n in range(count)]
+
+    driver.end_where_nothing_loads([*told(2), ("ta-0", {"up": [], "shards": {}})])
+    driver.end_where_nothing_loads(told(9, when=-10.0))  # of an earlier run
+    driver.ledger.now[0] = {"rows": 1}
+    driver.end_where_nothing_loads(told(3))
+    assert driver.state == "running"
+    driver.ledger.now[0] = {"rows": 0}
+    driver.end_where_nothing_loads(told(3))
+    assert (driver.state, driver.problem) == ("failed", "it cannot be loaded: no 2")
+
+
 def test_a_container_that_loads_says_so_until_it_can_answer(runtime: ModuleType) -> None:
     told: list[Any] = []
     twice = threading.Event()
@@ -511,7 +541,7 @@ def test_a_container_that_loads_says_so_until_it_can_answer(runtime: ModuleType)
         assert twice.wait(30)
         raise MemoryError
 
-    with pytest.raises(MemoryError), runtime.loading():
+    with pytest.raises(RuntimeError, match="MemoryError"), runtime.loading():
         load()
     count = len(told)
     assert set(map(repr, told)) == {"('ta-1', None, {})"}

@@ -58,6 +58,8 @@ DEATHS = 2  # of containers in a shard, after which its rows are tried few at a 
 WAVE = 32  # so many, and ever fewer, in the end one alone
 DEATHS_ALONE = 3  # with the same row, after which that is the reason
 DIED = "the container died each time that it tried this row, in the end alone"
+MOST_UNLOADED = 3  # containers, where none has answered anything
+UNLOADED = "unloaded"
 MOST_FAILURES = 10  # of one shard in which nothing ends, after which the job stops
 MOST_DEADLY = 32  # rows of one shard of which containers died: neither
 BEGAN = time.time()
@@ -932,7 +934,8 @@ def tell_driver(
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
     """Say that the container is up, and cannot answer yet: a model takes minutes, which
-    are paid for, too."""
+    are paid for, too. And say why nothing was loaded: Modal starts container after
+    container, for ever where a process ended by itself, which it takes for in order."""
     loaded = threading.Event()
 
     def tell() -> None:
@@ -944,6 +947,11 @@ def loading() -> Iterator[None]:
     teller.start()
     try:
         yield
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):
+            live.put(f"{UNLOADED} {TASK}", [time.time(), reason])
+        raise RuntimeError(reason) from error
     finally:
         loaded.set()
         teller.join(timeout=10)  # what is said of it next is not to be overtaken
@@ -1639,7 +1647,19 @@ class Driver:
             await asyncio.sleep(SAVE_SECONDS)
 
     async def hear(self) -> None:
-        self.ledger.heard([item async for item in live.items.aio()])
+        items = [item async for item in live.items.aio()]
+        self.ledger.heard(items)
+        self.end_where_nothing_loads(items)
+
+    def end_where_nothing_loads(self, items: Iterable[tuple[str, Any]]) -> None:
+        """Each of the calls would be tried in several containers, all of them in vain."""
+        told = [told for key, told in items if key.startswith(UNLOADED)]
+        reasons = [reason for when, reason in sorted(told) if when >= self.began]
+        now = self.ledger.now.values()
+        ended = self.ledger.ended or any(counts["rows"] for counts in now)
+        if self.state == "running" and len(reasons) >= MOST_UNLOADED and not ended:
+            self.state = "failed"
+            self.problem = f"it cannot be loaded: {reasons[-1]}"
 
     def stop_if_told(self, figures: dict[str, Any]) -> None:
         stop = DATA / "control" / "stop"
