@@ -173,7 +173,7 @@ def _walk(path: str) -> Iterator[str]:
         yield from _folder(path)
         return
     for found in sorted(glob.iglob(path, recursive=True), key=_natural):  # noqa: PTH207 (the user's own words)
-        if os.path.isfile(found):  # noqa: PTH113
+        if os.path.isfile(found) or not os.path.exists(found):  # noqa: PTH110, PTH113 (a link to nothing is told of)
             yield found
 
 
@@ -186,7 +186,7 @@ def _folder(path: str) -> Iterator[str]:
     for entry in sorted(inside, key=lambda entry: _natural(entry.name)):
         if entry.is_dir(follow_symlinks=False):
             yield from _folder(entry.path)
-        elif entry.is_file():
+        elif entry.is_file() or entry.is_symlink():  # a link to a folder, or to nothing, is told of
             yield entry.path
 
 

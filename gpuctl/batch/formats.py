@@ -74,6 +74,7 @@ _FOREIGN = {
         rb"PK\x03\x04"
     ): "a ZIP file (a spreadsheet or a document, maybe): save it as CSV, or unpack it",
     re.compile(rb"%PDF-\d"): "a PDF: take its text out of it first",
+    re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd"): "packed twice: unpack it once (gzip -d, zstd -d)",
     re.compile(rb"BZh\d1AY"): "packed with bzip2: gpuctl reads .gz and .zst",
     re.compile(rb"\xfd7zXZ"): "packed with xz: gpuctl reads .gz and .zst",
     re.compile(rb"7z\xbc\xaf"): "a 7-Zip file: unpack it",

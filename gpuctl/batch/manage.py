@@ -173,9 +173,26 @@ def with_output(job: Job, output: str | None, *, overwrite: bool) -> Job:
     if output is None and is_remote(job.output):
         return job
     if output is not None:
-        job = dataclasses.replace(job, output=output, errors=None)
+        job = dataclasses.replace(job, output=output, errors=None, format=_format_for(job, output))
     destination_of(job).check(overwrite=overwrite)
     return job
+
+
+def _format_for(job: Job, output: str) -> str:
+    """What the job's answers are in this file: what its name says, where they can be that."""
+    from gpuctl.batch.outputs import FOLDERS, TABLES, Format, format_of
+
+    kept, named = Format(job.format), format_of(output)
+    if named is None or named in FOLDERS or named is kept or job.url == Url.IMAGES:
+        return kept
+    if kept in TABLES:
+        return Format.JSONL if named is Format.OPENAI else named
+    if named is Format.OPENAI:
+        return named
+    raise usage_error(
+        f"--output: {output!r} would be {named}, and job {job.name!r} is of {kept}: it kept no columns of the input",
+        hint="-o FILE.jsonl takes its answers as OpenAI's lines",
+    )
 
 
 def fetch_of(remote: Remote, output: str | None, *, overwrite: bool, partial: bool) -> Summary:

@@ -206,6 +206,11 @@ def needed(url: Url, form: Format) -> dict[str, str]:
     return {"response_format": "verbose_json"} if url is Url.TRANSCRIPTIONS and form in SUBTITLES else {}
 
 
+def format_of(output: str) -> Format | None:
+    """What the name of an output says of its format; None: nothing."""
+    return None if output == STDOUT else _by_name(output, Path(output))
+
+
 def _by_name(output: str, path: Path | None) -> Format | None:
     if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
         return Format.OPENAI  # stdout, a pipe

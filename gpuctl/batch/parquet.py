@@ -161,7 +161,8 @@ def _vector(cell: Any) -> array[float] | None:
     if not isinstance(cell, list) or (cell and isinstance(cell[0], list)):
         what = "several embeddings" if isinstance(cell, list) else "an embedding as base64"
         raise GpuctlError(
-            f"a row was answered by {what}: no column of Parquet holds that", hint="--format jsonl does"
+            f"a row was answered by {what}: no column of Parquet holds that",
+            hint="-o FILE.jsonl does: the answers are kept, and `gpuctl batch fetch JOB -o FILE.jsonl` gets them",
         )
     return array("f", [float("nan") if number is None else number for number in cell])
 

@@ -294,6 +294,10 @@ def _csv_says(error: csv.Error) -> str:
         return "a quote is opened here and never closed"
     if "field larger than" in says:
         return f"a field of more than {_FIELD >> 20} million characters: maybe a quote that is never closed"
+    if "new-line character" in says:
+        return "a carriage return (\\r) without a line feed, outside of quotes: tr '\\r' '\\n' makes lines of them"
+    if "expected after" in says:
+        return "not CSV: a quote that stands neither around a whole field nor doubled within one"
     return f"not CSV: {says}"
 
 

@@ -89,7 +89,7 @@ def _plan(spec: BatchSpec, job: Job, made_for: Url) -> dict[str, Any]:
         "strict": spec.strict,
         "limit": spec.limit,
         "dedupe": spec.dedupe,
-        "defaults": dict(spec.sampling),
+        "defaults": spec.defaults(made_for),
         "containers": spec.max_containers,
         "models": None
         if spec.model is None

@@ -37,6 +37,7 @@ OWN_COLUMNS = {
     Url.IMAGES: ("prompt",),
 }
 
+_SPEAKING = ("user", "system", "developer")  # others may call tools, and say nothing
 _ELSEWHERE = ("http://", "https://", "data:")
 
 
@@ -108,6 +109,8 @@ def _chat(body: dict[str, Any], folder: Path) -> tuple[Path, ...]:
         if isinstance(content, list):
             for part in content:
                 _take_media(part, folder, media)
+        elif content is None and message["role"] in _SPEAKING:
+            raise RowError("invalid_request", f"messages[{number}].content must be text or a list of parts")
         elif content is not None:
             raise RowError(
                 "invalid_request", f"messages[{number}].content is neither text nor a list of parts"

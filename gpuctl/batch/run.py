@@ -158,6 +158,7 @@ def prepared(
     from gpuctl.batch.outputs import needed
 
     spec = decided.spec
+    defaults = spec.defaults(rows.url)
     console.say(rows.describe())
     inputs = stamps(spec.inputs, Path.cwd())
     with staging() as folder:
@@ -167,7 +168,7 @@ def prepared(
                 strict(rows) if spec.strict else rows,
                 folder / "job",
                 containers=spec.max_containers,
-                defaults={**needed(rows.url, where.format), **dict(spec.sampling)},
+                defaults={**needed(rows.url, where.format), **defaults},
                 limit=spec.limit,
                 dedupe=spec.dedupe,
                 models=None

@@ -46,6 +46,16 @@ TASKS = ("chat", "completions", "embeddings", "transcriptions", "images")
 INPUT_FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "lines", "text", "audio", "image")
 FORMATS = ("openai", "jsonl", "csv", "tsv", "parquet", "json", "txt", "srt", "vtt")
 
+# The flags that are fields of a request of text, and which of them a request of another kind does not have.
+_WRITING = {
+    "--max-tokens": "max_tokens",
+    "--temperature": "temperature",
+    "--top-p": "top_p",
+    "--seed": "seed",
+    "--json-schema": "response_format",
+}
+_NOT_OF = {"embeddings": frozenset(_WRITING.values()), "transcriptions": frozenset({"response_format"})}
+
 _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)")
 _DAY = 24 * 3600
 _TEMPERATURE = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,4})?", re.ASCII)
@@ -401,6 +411,23 @@ class BatchSpec:
             raise usage_error(problems)
         if pictures:
             self.check_gpus()
+
+    def defaults(self, url: str) -> dict[str, Any]:
+        """The fields of each request that does not say them itself. A flag that tells nothing to what is asked of the
+        rows is refused: nobody would see that it did nothing.
+        """
+        fields = dict(self.sampling)
+        asked = url.rpartition("/")[2]
+        problems = [
+            f"{flag}: is for a model that writes, and these rows ask for {asked}"
+            for flag, name in _WRITING.items()
+            if name in fields and name in _NOT_OF.get(asked, ())
+        ]
+        if problems:
+            raise usage_error(problems)
+        if asked == "transcriptions" and "max_tokens" in fields:
+            fields["max_completion_tokens"] = fields.pop("max_tokens")  # as vLLM calls it there
+        return fields
 
     def check_gpus(self) -> None:
         """Refuse several GPUs for what runs on one."""

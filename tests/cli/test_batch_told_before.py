@@ -170,3 +170,39 @@ def test_ctrl_c_while_it_is_deployed_tells_what_is_there(
     assert "was not started, and nothing works on it" in err
     assert "gpuctl batch rm rows-" in err
     assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "refused"),
+    [
+        (
+            "embeddings",
+            ("--max-tokens", "4", "--temperature", "0"),
+            [
+                "--max-tokens: is for a model that writes, and these rows ask for embeddings",
+                "--temperature: is for a model that writes, and these rows ask for embeddings",
+            ],
+        ),
+        ("embeddings", ("--seed", "1"), ["--seed: is for a model that writes"]),
+        ("transcriptions", ("--json-schema", "schema.json"), ["--json-schema: is for a model that writes"]),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], task: str, flags: Sequence[str], refused: list[str]
+) -> None:
+    Path("schema.json").write_text("{}")
+    Path("1.wav").write_bytes(b"RIFF....WAVEfmt ")
+    Path("in.jsonl").write_text(json.dumps({"input": "x", "file": "1.wav"}) + "\n")
+    err = told(capsys, "tiny", "in.jsonl", "--task", task, *flags, "--gpu", "T4", code=2)
+    assert all(says in err for says in refused)
+
+
+def test_how_long_a_transcription_may_be_is_said_as_the_engine_calls_it() -> None:
+    from gpuctl.specs.batch import BatchSpec
+
+    spec = BatchSpec.from_options(
+        work="tiny", inputs=["a.wav"], output="o.jsonl", max_tokens="7", temperature="0"
+    )
+    asked = spec.defaults("/v1/audio/transcriptions")
+    assert asked == {"max_completion_tokens": 7, "temperature": 0}
+    assert spec.defaults("/v1/chat/completions") == {"max_tokens": 7, "temperature": 0}

@@ -374,6 +374,11 @@ def test_pictures_that_a_line_names_go_along(folder: Path) -> None:
             "invalid_request",
             "messages[0].content",
         ),
+        (
+            lines(chat(1, body={"messages": [{"role": "user", "content": None}]})),
+            "invalid_request",
+            "messages[0].content must be text or a list of parts",
+        ),
         (lines(chat(0)), "duplicate_custom_id", "custom_id 'a0' was there before"),
     ],
 )
@@ -422,6 +427,7 @@ def test_another_model_is_counted(folder: Path) -> None:
         ),
         ('"a"b,1\nz,3\n', [(2, "not CSV")], ["z"]),
         ("x,1\n\n\ny,2\n", [], ["x", "y"]),
+        ("x\ry,1\nz,2\n", [(2, "a carriage return (\\r) without a line feed")], ["z"]),
     ],
 )
 def test_bad_rows_of_csv(folder: Path, rest: str, problems: list[tuple[int, str]], good: list[str]) -> None:
@@ -500,6 +506,7 @@ def test_a_row_without_a_column_of_the_prompt(folder: Path) -> None:
         ({"in.jsonl": "\n \n"}, {}, ["in.jsonl: empty"]),
         ({"in.jsonl": gzip.compress(b"")}, {}, ["in.jsonl: empty"]),
         ({"in.jsonl": b"\x1f\x8b\x08"}, {}, ["in.jsonl: the compressed file ends too early"]),
+        ({"in.jsonl": gzip.compress(gzip.compress(lines({"a": 1})))}, {}, ["in.jsonl: packed twice"]),
         ({"in.jsonl": b"PK\x03\x04.."}, {}, ["in.jsonl: a ZIP file", "save it as CSV"]),
         ({"in.jsonl": os.urandom(64) + b"\0\0"}, {}, ["in.jsonl: binary data, not text"]),
         ({"in.jsonl": "text\n".encode("utf-16-le")}, {}, ["binary data", "--encoding utf-16-le"]),
@@ -601,6 +608,20 @@ def test_refused_folders(folder: Path) -> None:
         open_input(["-", "mixed"])
     with refused("audio files, but the job is for embeddings"):
         open_input(["mixed/a.wav"], url=Url.EMBEDDINGS)
+
+
+def test_nothing_of_a_folder_is_left_out_without_a_word(folder: Path) -> None:
+    put("there/a.txt", "one")
+    put("elsewhere/b.txt", "two")
+    Path("there/more").symlink_to("../elsewhere")
+    Path("there/gone.txt").symlink_to("nothing")
+    for path in ("there", "there/*"):
+        found = list(open_input([path]))
+        assert prompts(found) == ["one"]
+        ((_, code, says),) = bad(found)
+        assert code == "unreadable_file"
+        assert says.endswith("there/gone.txt: No such file or directory")
+    assert "; 1 other file skipped (1 more)" in open_input(["there"]).describe()
 
 
 def test_a_table_of_names_only_has_no_row(folder: Path) -> None:
