@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LIBRARIES = (
     "lib/gpuctl-libraries"  # below the prefix: those that the image may lack; `SETTLE` puts them in place
 )
+_HOME = "lib/gpuctl-python"  # below the prefix: where a Python is that has to be in a virtual environment
 # What follows the copy: the image's own libraries stay, those that it lacks are put where its loader finds them.
 SETTLE = (
     f"cd /usr/local/{LIBRARIES} 2>/dev/null || exit 0; have=$(ldconfig -p); "
@@ -83,9 +84,20 @@ async def bring_python(
         )
     log(f"This machine's own Python {have} goes into the image: uv has no other ({problem})\n")
     prefix = Path(executable).resolve().parent.parent
-    await asyncio.to_thread(_copy, prefix, target, version)
-    await asyncio.to_thread(_copy_libraries, target, Path(executable), version)
     site = target / "lib" / f"python{version}" / "site-packages"
+    home = target
+    if await asyncio.to_thread(_is_a_distributions, executable):
+        # It has packages where only its distribution's layout has folders, except in a virtual environment.
+        home = target / _HOME
+        site.mkdir(parents=True)
+        (target / "pyvenv.cfg").write_text(
+            f"home = /usr/local/{_HOME}/bin\ninclude-system-site-packages = false\n"
+        )
+    await asyncio.to_thread(_copy, prefix, home, version)
+    await asyncio.to_thread(_copy_libraries, home, target, Path(executable), version)
+    if home != target:
+        (target / "bin").mkdir()
+        (target / "bin" / f"python{version}").symlink_to(f"../{_HOME}/bin/python{version}")
     site.mkdir(exist_ok=True)
     pip = [*pip_for(sys.executable, sys.executable), "install", "--quiet", "--target", str(site), "pip"]
     await run(pip, log=log, name="pip install pip")
@@ -154,10 +166,20 @@ def _copy(prefix: Path, target: Path, version: str) -> None:
         shutil.copytree(headers, target / "include" / f"python{version}")
 
 
-def _copy_libraries(target: Path, executable: Path, version: str) -> None:
+def _is_a_distributions(executable: str) -> bool:
+    """Whether it is a Python as Debian and Ubuntu have it, whose packages are in dist-packages."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    done = subprocess.run(
+        [executable, "-I", "-c", code], capture_output=True, text=True, timeout=20, check=False
+    )
+    return Path(done.stdout.strip()).name == "dist-packages"
+
+
+def _copy_libraries(home: Path, target: Path, executable: Path, version: str) -> None:
+    """What the interpreter and modules in `home` load goes to where the image's loader finds it."""
     folder = target / LIBRARIES
-    folder.mkdir()
-    dynamic = target / "lib" / f"python{version}" / "lib-dynload"
+    folder.mkdir(parents=True, exist_ok=True)
+    dynamic = home / "lib" / f"python{version}" / "lib-dynload"
     for module in list(dynamic.glob("*.so")):
         if module.name.startswith(_MODULES_LEFT_OUT):
             module.unlink()
