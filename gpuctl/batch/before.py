@@ -115,10 +115,10 @@ class Before:
         if spec.model is None:
             if taste is not None:
                 return Estimate(None, taste.expected(rows, count, price), None, containers, taste)
-            return Estimate(None, None, "nobody knows how long a function takes; " + _TASTE, containers)
+            return Estimate(None, None, "nobody knows how long a function takes" + self._taste, containers)
         if self.job.url == Url.IMAGES:
             found = None if taste is None else taste.expected(rows, count, price)
-            slow = None if found else "how long a picture takes is not known here; " + _TASTE
+            slow = None if found else "how long a picture takes is not known here" + self._taste
             return Estimate(None, found, slow, containers, taste, pictures=self.watch.tally.pictures)
         tokens, long = self._tokens()
         if taste is not None:
@@ -127,16 +127,23 @@ class Before:
             why = "not estimated for this machine's CPU, where nothing is charged"
             return Estimate(tokens, None, why, containers, None, long)
         if self.job.url == Url.TRANSCRIPTIONS:
-            return Estimate(tokens, None, "how long recordings are is not known here; " + _TASTE, containers)
+            return Estimate(
+                tokens, None, "how long recordings are is not known here" + self._taste, containers
+            )
         machines = self._machines(tokens, count)
         if machines is None:
-            unknown = f"how fast {spec.title} is on {spec.gpu or 'it'} is not known; " + _TASTE
+            unknown = f"how fast {spec.title} is on {spec.gpu or 'it'} is not known" + self._taste
             return Estimate(tokens, None, unknown, containers, None, long)
         found = spans(tokens, machines, count, timeout=spec.startup_timeout)
         endless = (
             "no end is known without --max-tokens, for the context is not known" if found is None else None
         )
         return Estimate(tokens, found, endless, containers, None, long)
+
+    @property
+    def _taste(self) -> str:
+        """That a few rows would tell it, where there are more."""
+        return _TASTE if self.job.rows > _TASTED else ""
 
     # -- tokens
 
@@ -286,7 +293,8 @@ class Before:
         return Speed(flops * one.count / (2 * parameters), None), one.per_gpu.weights / GIB
 
 
-_TASTE = "--limit 100 does 100 rows for a taste, and then it is known"
+_TASTE = "; --limit 100 does 100 rows for a taste, and then it is known"
+_TASTED = 100  # rows that are a taste themselves
 
 
 def _request(one: Drawn) -> tuple[Url, Any]:

@@ -16,12 +16,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.batch.copies import FILE_NAME as COPIES
 from gpuctl.batch.copies import with_copies
+from gpuctl.batch.errors import Errors
 from gpuctl.batch.formats import Kind
 from gpuctl.batch.inputs import open_input, strict
 from gpuctl.batch.jobs import Job
@@ -53,6 +53,7 @@ TRAVELS = (
             "asking",
             "cloud",
             "copies",
+            "errors",
             "filenames",
             "finding",
             "formats",
@@ -262,7 +263,7 @@ def _publish(plan: Mapping[str, Any], data: Path, stamp: str) -> dict[str, Any]:
     assert job is not None
     where = _destination(plan, stamp, job)
     assert where.path is not None
-    counted: Counter[str] = Counter()
+    errors = Errors()
     with tempfile.TemporaryDirectory(prefix="gpuctl-answers-") as scratch:
         here = dataclasses.replace(
             where, path=Path(scratch) / where.path.name, errors=Path(scratch) / f"errors-{where.errors.name}"
@@ -273,7 +274,7 @@ def _publish(plan: Mapping[str, Any], data: Path, stamp: str) -> dict[str, Any]:
             results = read_results(data / "answers")
             for result in with_copies(results, Path(scratch)) if job.copies else results:
                 if result.error is not None:
-                    counted[f"{result.error.code}: {result.error.message}"] += 1
+                    errors.add(result.error)
                 output.write(result)
         assert here.path is not None
         buckets = plan["output_in_bucket"]
@@ -291,7 +292,7 @@ def _publish(plan: Mapping[str, Any], data: Path, stamp: str) -> dict[str, Any]:
         "errors": _named(str(where.errors)) if output.failed else None,
         "done": output.answered,
         "failed": output.failed,
-        "commonest": counted.most_common(_COMMONEST),
+        "commonest": errors.commonest(_COMMONEST),
     }
     _write_whole(data / "published.json", told)
     return told

@@ -10,6 +10,7 @@ import contextlib
 import queue
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def follow(
                 if run is not None and status["run"] != run:
                     continue
                 heard = now
+                pace = shown.update(status)
                 if on_event is not None:
-                    on_event(status)
-                shown.update(status)
+                    on_event({**status, **pace.document()})
                 if status["state"] != RUNNING:
                     return status
     finally:
@@ -79,6 +80,34 @@ def _next(events: queue.SimpleQueue[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a job is, over the last minute; None: not known yet."""
+
+    left: int  # rows
+    rows: float | None = None  # a second
+    tokens_in: float | None = None
+    tokens_out: float | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        return self.left / self.rows if self.rows else None
+
+    def document(self) -> dict[str, Any]:
+        """What an event has of it."""
+
+        def rounded(number: float | None) -> float | None:
+            return None if number is None else round(number, 3)
+
+        return {
+            "left": self.left,
+            "rows_per_second": rounded(self.rows),
+            "tokens_in_per_second": rounded(self.tokens_in),
+            "tokens_out_per_second": rounded(self.tokens_out),
+            "seconds_left": rounded(self.seconds_left),
+        }
+
+
 class Progress:
     """How far a job is, in one line: redrawn on a terminal, else one every ten seconds."""
 
@@ -88,23 +117,34 @@ class Progress:
         self._text = "starting …"
         self._said = 0.0
 
-    def update(self, status: Mapping[str, Any]) -> None:
+    def update(self, status: Mapping[str, Any]) -> Pace:
         ended = status["done"] + status["failed"]
         self._history.append((status["time"], ended, status["tokens_in"], status["tokens_out"]))
         while len(self._history) > 2 and self._history[0][0] < status["time"] - _WINDOW:
             self._history.popleft()
-        self._text = self._line(status, ended)
+        pace = self._pace(status["rows"] - ended)
+        self._text = self._line(status, ended, pace)
+        old = time.time() - status["time"] > _SILENT  # who follows it again, hears all of it again
         if self._console.live:
             self._console.progress(self._text)
-        elif time.monotonic() - self._said > _PLAIN_EVERY or status["state"] != RUNNING:
+        elif (time.monotonic() - self._said > _PLAIN_EVERY and not old) or status["state"] != RUNNING:
             self._said = time.monotonic()
             self._console.say(self._text)
+        return pace
+
+    def _pace(self, left: int) -> Pace:
+        first, last = self._history[0], self._history[-1]
+        seconds = last[0] - first[0]
+        if seconds <= 0 or last[1] <= first[1]:
+            return Pace(left)
+        rows, tokens_in, tokens_out = ((last[n] - first[n]) / seconds for n in (1, 2, 3))
+        return Pace(left, rows, tokens_in, tokens_out)
 
     def tick(self) -> None:
         if self._console.live:
             self._console.progress(self._text)
 
-    def _line(self, status: Mapping[str, Any], ended: int) -> str:
+    def _line(self, status: Mapping[str, Any], ended: int, pace: Pace) -> str:
         rows = status["rows"]
         if status.get("phase") == "reading":
             return "reading the rows in the cloud …"
@@ -113,17 +153,12 @@ class Progress:
         parts = [f"{_bar(ended, rows)}{ended:,} of {rows:,} rows"]
         if status["failed"]:
             parts.append(f"{status['failed']:,} failed")
-        first, last = self._history[0], self._history[-1]
-        seconds = last[0] - first[0]
-        if seconds > 0 and last[1] > first[1]:
-            rate = (last[1] - first[1]) / seconds
-            parts.append(f"{rate:,.0f} rows/s" if rate >= 10 else f"{rate:.2g} rows/s")
-            if last[2] > first[2]:
-                parts.append(
-                    f"{(last[2] - first[2]) / seconds:,.0f} tok/s in, {(last[3] - first[3]) / seconds:,.0f} out"
-                )
-            if ended < rows:
-                parts.append(f"{duration((rows - ended) / rate)} left")
+        if pace.rows:
+            parts.append(f"{pace.rows:,.0f} rows/s" if pace.rows >= 10 else f"{pace.rows:.2g} rows/s")
+            if pace.tokens_in:
+                parts.append(f"{pace.tokens_in:,.0f} tok/s in, {pace.tokens_out:,.0f} out")
+            if pace.left and pace.seconds_left is not None:
+                parts.append(f"{pace.left:,} rows left: {duration(pace.seconds_left)}")
         if waits := _waits_for(status, ended):
             parts.append(waits)
         if status["usd"] is not None:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.files import write_private
@@ -51,6 +51,7 @@ class Job:
     gpuctl_version: str
     schedule: dict[str, Any] | None = None  # specs.schedule's document: the rows are read anew for each run
     stopped_at: str | None = None  # when the schedule was ended
+    changes: dict[str, str] = field(default_factory=dict)  # options that `resume` gave it: {"max_cost": "5"}
     schema: int = SCHEMA
 
     def document(self) -> dict[str, Any]:
@@ -123,6 +124,18 @@ def known(target: Target, environment: str) -> Iterator[Job]:
     root = state_dir() / "batch" / target.value / environment
     jobs = [get(target, environment, folder.name) for folder in root.iterdir()] if root.is_dir() else []
     yield from sorted((job for job in jobs if job), key=lambda job: job.created_at, reverse=True)
+
+
+def elsewhere(name: str, target: Target, environment: str) -> list[tuple[Target, str]]:
+    """Where else this machine started a job of that name."""
+    found = []
+    for other in type(target):
+        root = state_dir() / "batch" / other.value
+        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+            place = (other, folder.name)
+            if place != (target, environment) and get(*place, name) is not None:
+                found.append(place)
+    return found
 
 
 def forget(target: Target, environment: str, name: str) -> None:

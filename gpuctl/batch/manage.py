@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import tempfile
 import time
@@ -13,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from gpuctl.batch import jobs, schedules
 from gpuctl.batch.follow import RUNNING, alive, counted, duration
-from gpuctl.batch.jobs import Job
 from gpuctl.batch.remote import Remote
 from gpuctl.batch.render import render_batch
 from gpuctl.batch.rows import Url
-from gpuctl.batch.run import destination_of, fetch, resume
-from gpuctl.batch.stamps import changed_inputs
+from gpuctl.batch.run import check_cap, destination_of, fetch, into, resume
+from gpuctl.batch.stamps import changed_inputs, files_of
+from gpuctl.batch.written import wrote
 from gpuctl.errors import GpuctlError, usage_error
 from gpuctl.reach import environment_name, reach
-from gpuctl.specs.batch import PREFIX
+from gpuctl.specs.batch import PREFIX, check_name
 from gpuctl.specs.remote_paths import is_remote
 from gpuctl.target import Target
 from gpuctl.times import age
@@ -29,27 +30,65 @@ from gpuctl.times import age
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from gpuctl.batch.jobs import Job
     from gpuctl.batch.plan import Decided
     from gpuctl.batch.run import Summary
     from gpuctl.cli.console import Console
     from gpuctl.modal_cli import Runner
 
+_NAMED = 10  # jobs that an error names
+
 
 def remote_of(
     name: str, target: Target, environment: str | None, *, runner: Runner, console: Console
 ) -> Remote:
-    return Remote(name.removeprefix(PREFIX), reach(target), environment, runner, console)
+    """A usage error where that can be no job's name, before anything is asked, or started."""
+    name = name.removeprefix(PREFIX)
+    check_name(name)
+    return Remote(name, reach(target), environment, runner, console)
 
 
 def job_of(remote: Remote) -> Job:
-    """The job, from its Volume; a usage error that names the jobs that there are."""
-    document = remote.read_json("job.json")
-    job = None if document is None else Job.from_document(document)
+    """The job, from its Volume; a usage error that names those that may be meant."""
+    job = jobs.read(remote)
     if job is not None:
         return job
     names = [there.job for there in _names(remote)]
-    there = f"there are: {', '.join(names)}" if names else "there are none"
-    raise usage_error(f"JOB: there is no job {remote.job!r}; {there}")
+    if remote.job in names:
+        raise usage_error(
+            f"JOB: {remote.job!r} was not started: not all that it needs was uploaded",
+            hint=f"the command that made it, given again, goes on; `{remote.command('rm')}` removes what is there",
+        )
+    raise usage_error(
+        f"JOB: there is no job {remote.job!r}; {_meant(remote.job, names)}", hint=_elsewhere(remote)
+    )
+
+
+def _meant(name: str, names: list[str]) -> str:
+    if not names:
+        return "there are none"
+    like = sorted(there for there in names if there.startswith(name))
+    like = like or difflib.get_close_matches(name, names, n=_NAMED)
+    some, what = (like, "did you mean") if like else (names, "there are:")
+    more = f", and {len(some) - _NAMED:,} more" if len(some) > _NAMED else ""
+    named = (" or " if like and not more else ", ").join(some[:_NAMED])
+    return f"{what} {named}{more}{'?' if like else ''}"
+
+
+def _elsewhere(remote: Remote) -> str | None:
+    """That this machine has a job of that name, only not where it was looked for."""
+    target = remote.env.target
+    found = jobs.elsewhere(remote.job, target, environment_name(target, remote.environment))
+    for other, environment in found:
+        where = "on the control plane of this machine" if other is Target.LOCAL else "on Modal"
+        how = []
+        if other is not target:
+            how.append("with --local" if other is Target.LOCAL else "without --local")
+        if environment != environment_name(other, None):
+            how.append(f"with --env {environment}")
+        if how:
+            return f"there is one {where}, in environment {environment!r}: {', '.join(how)}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -59,16 +98,18 @@ class Standing:
     name: str
     job: Job | None
     status: Mapping[str, Any] | None
+    uploaded: bool = True  # all that it needs
 
     @property
     def state(self) -> str:
-        """`done`, `stopped`, `failed`, `running`; `lost`: its driver died; `uploaded`: it never ran; `scheduled`."""
+        """`done`, `stopped`, `failed`, `running`; `lost`: its driver died; `uploaded`: it never ran; `incomplete`: not
+        even that; `scheduled`."""
         if self.job is not None and self.job.schedule is not None:
             if self.status is not None and self.status["state"] == RUNNING and alive(self.status):
                 return RUNNING
             return "stopped" if self.job.stopped_at else "scheduled"
         if self.status is None:
-            return "uploaded" if self.job else "incomplete"
+            return "uploaded" if self.job and self.uploaded else "incomplete"
         if self.status["state"] == RUNNING and not alive(self.status):
             return "lost"
         return str(self.status["state"])
@@ -122,8 +163,19 @@ class Standing:
         spent = "" if status["usd"] is None else f", ${status['usd']:.2f}"
         up = f"; {status['containers']} up" if self.state == RUNNING else ""
         yield f"  {duration(status['container_seconds'])} of containers{spent}{up}"
+        if self.state == RUNNING:
+            yield from self._pace(status)
         if status["problem"]:
             yield f"  {status['problem']}"
+
+    def _pace(self, status: Mapping[str, Any]) -> Iterator[str]:
+        """How fast it was so far in this run, and how long the others take if they are like those."""
+        ended = status["done"] + status["failed"]
+        seconds, now = status["time"] - status["began"], ended - status.get("ended_before", 0)
+        if seconds > 0 and now > 0 and ended < status["rows"]:
+            rate = now / seconds
+            left = status["rows"] - ended
+            yield f"  {left:,} rows left: {duration(left / rate)} at {rate:,.2g} rows/s, as fast as so far"
 
 
 def status_of(remote: Remote) -> Standing:
@@ -134,19 +186,23 @@ def status_of(remote: Remote) -> Standing:
 def listed(target: Target, environment: str | None, *, runner: Runner, console: Console) -> list[Standing]:
     """All jobs of the Environment: newest first, those of other machines last."""
     known = {job.name: job for job in jobs.known(target, environment_name(target, environment))}
-    there = _names(remote_of("", target, environment, runner=runner, console=console))
+    there = _names(Remote("", reach(target), environment, runner, console))
     order = list(known)
     there.sort(key=lambda remote: order.index(remote.job) if remote.job in known else len(order))
 
-    def standing(remote: Remote) -> Standing:
-        job = known.get(remote.job)
-        # Of rows that are read in the cloud, and of schedules, only the Volume knows.
-        document = None if job and job.rows else remote.read_json("job.json")
-        if document is not None:
-            job = Job.from_document(document) or job
-        return Standing(remote.job, job, remote.read_json("status.json"))
+    ends = {job.name: status for job, status in jobs.ended(target, environment_name(target, environment))}
 
-    with ThreadPoolExecutor(8) as pool:  # each is a process that waits for an answer
+    def standing(remote: Remote) -> Standing:
+        job, end = known.get(remote.job), ends.get(remote.job)
+        if job and job.rows and end and end["state"] == "done" and not end["failed"]:
+            return Standing(remote.job, job, end)  # to which nothing can be added
+        status = remote.read_json("status.json")
+        # Of rows that are read in the cloud, and of schedules, only the Volume knows; and whether all is there.
+        there = None if job and job.rows and status else jobs.read(remote)
+        return Standing(remote.job, there or job, status, uploaded=status is not None or there is not None)
+
+    said = f"asking about {counted(len(there), 'job')} …"
+    with console.spinner(said), ThreadPoolExecutor(8) as pool:  # each is a process that waits for an answer
         return list(pool.map(standing, there))
 
 
@@ -164,40 +220,38 @@ def _names(any_remote: Remote) -> list[Remote]:
     ]
 
 
-def with_output(job: Job, output: str | None, *, overwrite: bool) -> Job:
-    """The job with another output, which must not exist yet; answers that are written in the cloud, are there."""
+def check_output_name(output: str | None) -> None:
+    """Refuse what no answers are fetched into, whatever job they are of."""
     if output is not None and is_remote(output):
         raise usage_error(
             f"--output: {output!r} is in the cloud; answers are fetched into a file of this machine"
         )
+    if output == "":
+        raise usage_error("--output: '' names no file")
+
+
+def with_output(remote: Remote, job: Job, output: str | None, *, overwrite: bool) -> Job:
+    """The job with another output, which must not exist yet, but for what this job wrote there itself; answers that
+    are written in the cloud, are there."""
+    check_output_name(output)
     if output is None and is_remote(job.output):
         return job
     if output is not None:
-        job = dataclasses.replace(job, output=output, errors=None, format=_format_for(job, output))
-    destination_of(job).check(overwrite=overwrite)
+        job = into(job, output)
+    if job.output == "-" and remote.console.json:
+        raise usage_error(
+            "--json: does not go with answers on stdout (-o -), which are no part of a document"
+        )
+    target, environment = remote.env.target, environment_name(remote.env.target, remote.environment)
+    where = destination_of(job)
+    where.check_apart(files_of(target, environment, job.name))
+    where.check(overwrite=overwrite or wrote(target, environment, job.name, where))
     return job
-
-
-def _format_for(job: Job, output: str) -> str:
-    """What the job's answers are in this file: what its name says, where they can be that."""
-    from gpuctl.batch.outputs import FOLDERS, TABLES, Format, format_of
-
-    kept, named = Format(job.format), format_of(output)
-    if named is None or named in FOLDERS or named is kept or job.url == Url.IMAGES:
-        return kept
-    if kept in TABLES:
-        return Format.JSONL if named is Format.OPENAI else named
-    if named is Format.OPENAI:
-        return named
-    raise usage_error(
-        f"--output: {output!r} would be {named}, and job {job.name!r} is of {kept}: it kept no columns of the input",
-        hint="-o FILE.jsonl takes its answers as OpenAI's lines",
-    )
 
 
 def fetch_of(remote: Remote, output: str | None, *, overwrite: bool, partial: bool) -> Summary:
     """The answers of a job that has ended; with `partial` those of the shards that have."""
-    job = with_output(job_of(remote), output, overwrite=overwrite)
+    job = with_output(remote, job_of(remote), output, overwrite=overwrite)
     if is_remote(job.output):
         raise usage_error(
             f"--output: needed: the answers of job {job.name!r} are in {job.output}; name a file of this machine"
@@ -243,12 +297,21 @@ def cancel_job(remote: Remote, *, now: bool) -> None:
     remote.console.done(f"job {job.name} is stopped; `{remote.command('resume')}` goes on")
 
 
+def changes_of(remote: Remote) -> dict[str, str]:
+    """The options that a job was resumed with, as far as this machine knows."""
+    target, environment = remote.env.target, environment_name(remote.env.target, remote.environment)
+    kept = jobs.get(target, environment, remote.job)
+    return {} if kept is None else kept.changes
+
+
 def resume_job(
     remote: Remote, job: Job, decided: Decided | None, *, retry_failed: bool, yes: bool
 ) -> str | None:
     """Go on with a job; the run to follow, None where there is nothing left to do. `decided`: on what else."""
     status = remote.read_json("status.json")
     state = Standing(job.name, job, status).state
+    if status is not None and state != RUNNING:
+        check_cap(remote, status, status.get("max_usd") if decided is None else decided.spec.max_cost)
     again = retry_failed and status is not None and status["failed"]
     if state == "done" and not again:
         remote.console.note(f"job {job.name} is done: there is nothing to go on with")
@@ -297,13 +360,18 @@ def resume_job(
 def remove_job(remote: Remote, *, yes: bool) -> None:
     """Stop a job and delete all of it but what was fetched."""
     name = remote.job
-    job = jobs.get(
-        remote.env.target, environment_name(remote.env.target, remote.environment), name
-    ) or job_of(remote)
+    job = jobs.get(remote.env.target, environment_name(remote.env.target, remote.environment), name)
+    job = job or jobs.read(remote)
+    if job is None and name not in [there.job for there in _names(remote)]:
+        job = job_of(remote)  # which says that there is none
+    if job is None:
+        what = "of which not all was uploaded"
+    elif job.schedule is not None:
+        what = "its schedule and the answers of all runs"
+    else:
+        what = f"its {job.rows:,} rows and their answers"
     if not yes and not remote.console.confirm(
-        f"Delete job '{job.name}', its schedule and the answers of all runs?"
-        if job.schedule is not None
-        else f"Delete job '{job.name}', its {job.rows:,} rows and their answers?",
+        f"Delete job '{name}', {what}?",
         refused="--yes: needed to delete a job when there is no terminal to ask on",
     ):
         raise GpuctlError("not deleted")

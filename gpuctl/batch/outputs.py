@@ -113,6 +113,11 @@ class Destination:
         if errors.is_dir():
             raise usage_error(f"--errors {errors}{beside}: a folder; rows without an answer go into a file")
         if not self.errors_named:
+            if errors.is_file() and not overwrite and not _holds_errors(errors):
+                raise usage_error(
+                    f"--errors {errors}{beside}: exists, and holds no errors of gpuctl's",
+                    hint="--overwrite replaces it, or --errors FILE names another",
+                )
             return
         if self.path is not None and os.path.realpath(errors) == os.path.realpath(self.path):
             raise usage_error(
@@ -144,10 +149,31 @@ def _is_below(file: Path, folder: str) -> bool:
     return os.path.realpath(file).startswith(os.path.join(folder, ""))  # noqa: PTH118
 
 
+def _holds_errors(path: Path) -> bool:
+    """Whether this was written by `_error_line`, as far as its first line tells; an empty file says nothing else."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(1 << 20)
+        first = json.loads(line) if line else None
+    except (OSError, ValueError):
+        return False
+    if first is None:
+        return True
+    return (
+        isinstance(first, dict)
+        and str(first.get("id")).startswith("batch_req_")
+        and first.get("response", "") is None
+        and isinstance(first.get("error"), dict)
+    )
+
+
 def destination(
     output: str, *, url: Url, form: Format | None = None, errors: str | None = None
 ) -> Destination:
     """What `-o`, `--format` and `--errors` mean together. Without a format, the suffix says it."""
+    for flag, given in (("--output", output), ("--errors", errors)):
+        if given == "":
+            raise usage_error(f"{flag}: '' names no file")
     path = None if output == STDOUT else Path(output)
     if url is Url.IMAGES:
         return _of_pictures(output, path, form, errors)
@@ -168,10 +194,15 @@ def destination(
     elif path is None:
         beside = Path("errors.jsonl")
     else:
-        beside = (
-            path / "errors.jsonl" if form in FOLDERS else path.with_name(f"{_stem(path.name)}.errors.jsonl")
-        )
+        beside = path / "errors.jsonl" if form in FOLDERS else _beside(path, form)
     return Destination(path, form, beside, errors_named=errors is not None)
+
+
+def _beside(path: Path, form: Format) -> Path:
+    """The errors file of answers that are one file."""
+    if not path.name:  # "." and "/"
+        raise usage_error(f"-o {path}: a folder; --format {form} writes one file")
+    return path.with_name(f"{_stem(path.name)}.errors.jsonl")
 
 
 def _of_pictures(output: str, path: Path | None, form: Format | None, errors: str | None) -> Destination:
@@ -197,7 +228,7 @@ def _of_pictures(output: str, path: Path | None, form: Format | None, errors: st
         )
     if output.lower().endswith(".zst"):
         need_pyarrow(f"-o {output}")
-    beside = Path("errors.jsonl") if path is None else path.with_name(f"{_stem(path.name)}.errors.jsonl")
+    beside = Path("errors.jsonl") if path is None else _beside(path, form)
     return Destination(path, form, Path(errors) if errors else beside, errors_named=errors is not None)
 
 

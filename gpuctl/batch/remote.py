@@ -123,14 +123,20 @@ class Remote:
         argv = deploy_argv(file, environment=self.environment)
         self.console.detail(f"$ {shown(argv)}")
         errors: list[str] = []
-        code = self.runner.stream(
-            argv,
-            self.env,
-            on_output=None if self.console.live else self.console.say,
-            on_error=lambda line: (
-                errors.append(line) if line.startswith("Error") or errors else self.console.say(line)
-            ),
-        )
+        trace: list[str] = []  # of the client: Ctrl-C reaches it, too, and then nobody wants to see it
+
+        def heard(line: str) -> None:
+            if errors or line.startswith("Error"):
+                errors.append(line)
+            elif trace or line.startswith("Traceback"):
+                trace.append(line)
+            else:
+                self.console.say(line)
+
+        on_output = None if self.console.live else self.console.say
+        code = self.runner.stream(argv, self.env, on_output=on_output, on_error=heard)
+        for line in trace:
+            self.console.say(line)
         if code != 0:
             from gpuctl.deploy import deploy_error
 

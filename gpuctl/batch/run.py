@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import threading
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Url
 from gpuctl.batch.shards import Staged, portions, stage
 from gpuctl.batch.stamps import before_the_change, changed, save_inputs, stamps
+from gpuctl.batch.written import remember, writer, wrote
 from gpuctl.cost import usd
 from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.paths import cache_dir
@@ -127,6 +129,22 @@ def read_input(spec: BatchSpec, found: Found | None = None) -> tuple[Input, Dest
     return rows, where
 
 
+def check_output(spec: BatchSpec, where: Destination, job: Job | None = None) -> None:
+    """Refuse an output that would fail, or replace what is not this job's. `job`: None: which it is, is not known yet,
+    and answers of any job may turn out to be its own."""
+    environment = environment_name(spec.target, spec.environment)
+    if job is None:
+        where.check(overwrite=spec.overwrite or writer(spec.target, environment, where) is not None)
+        return
+    own = spec.overwrite or wrote(spec.target, environment, job.name, where)
+    if not own and (other := writer(spec.target, environment, where)):
+        raise usage_error(
+            f"-o {where.path}: exists, with the answers of another job, {other}",
+            hint="--overwrite replaces it, or name another",
+        )
+    where.check(overwrite=own)
+
+
 _KINDS = {"embedding": Url.EMBEDDINGS, "speech": Url.TRANSCRIPTIONS, "image": Url.IMAGES}
 
 
@@ -147,6 +165,28 @@ def destination_of(job: Job) -> Destination:
     from gpuctl.batch.outputs import Format, destination
 
     return destination(job.output, url=Url(job.url), form=Format(job.format), errors=job.errors)
+
+
+def into(job: Job, output: str) -> Job:
+    """The job with its answers in another file, of the format that this is called after."""
+    return dataclasses.replace(job, output=output, errors=None, format=_format_for(job, output))
+
+
+def _format_for(job: Job, output: str) -> str:
+    """What the job's answers are in this file: what its name says, where they can be that."""
+    from gpuctl.batch.outputs import FOLDERS, TABLES, Format, format_of
+
+    kept, named = Format(job.format), format_of(output)
+    if named is None or named in FOLDERS or named is kept or job.url == Url.IMAGES:
+        return kept
+    if kept in TABLES:
+        return Format.JSONL if named is Format.OPENAI else named
+    if named is Format.OPENAI:
+        return named
+    raise usage_error(
+        f"--output: {output!r} would be {named}, and job {job.name!r} is of {kept}: it kept no columns of the input",
+        hint="-o FILE.jsonl takes its answers as OpenAI's lines",
+    )
 
 
 @contextlib.contextmanager
@@ -313,7 +353,7 @@ def start(
             and not _agreed(decided, name, environment, estimate, console)
         ):
             raise GpuctlError("not started")
-    except GpuctlError:
+    except (GpuctlError, KeyboardInterrupt):
         remote.delete()
         raise
     file = jobs.save(spec.target, environment, what.job, what.source)
@@ -403,6 +443,8 @@ def go_on(
     if status is not None and status["state"] == RUNNING and alive(status):
         console.note(f"job {job.name} is the same work on the same rows, and runs already")
         return str(status["run"])
+    if status is not None:
+        check_cap(remote, status, spec.max_cost)
     ended = 0 if status is None else status["done"] + status["failed"]
     console.note(
         f"job {job.name} of {job.created_at} is the same work on the same rows: {ended:,} of {job.rows:,} are done"
@@ -416,6 +458,22 @@ def go_on(
     ):
         raise GpuctlError("not started")
     return resume(remote, file)
+
+
+def check_cap(remote: Remote, status: Mapping[str, Any], cap: Decimal | float | None) -> None:
+    """Refuse to go on with a job that would stop at once."""
+    spent = status["usd"]
+    if cap is None or spent is None or spent < cap or status["state"] == "done":
+        return
+    raise usage_error(
+        f"--max-cost: {usd(Decimal(str(spent)))} are spent already, and the cap is {usd(Decimal(str(cap)))}: nothing "
+        "more could be answered",
+        hint=f"`{_with_more(remote, cap)}` goes on, up to a higher cap",
+    )
+
+
+def _with_more(remote: Remote, cap: Any) -> str:
+    return f"{remote.command('resume')} --max-cost {2 * Decimal(str(cap)):f}"
 
 
 def resume(remote: Remote, file: Path, *, retry_failed: bool = False) -> str:
@@ -466,10 +524,14 @@ def finish(
             f"goes on after {status['done'] + status['failed']:,} of {status['rows']:,} rows",
         )
     if status["state"] == "stopped":
+        cap, spent = status.get("max_usd"), status["usd"]
+        capped = cap is not None and spent is not None and spent >= cap
+        goes_on = _with_more(remote, cap) if capped else remote.command("resume")
         raise GpuctlError(
             f"job {job.name} was stopped: {status['problem']}; "
             f"{status['done'] + status['failed']:,} of {status['rows']:,} rows are done, and kept",
-            hint=f"`{remote.command('resume')}` goes on, `{remote.command('fetch')} --partial` fetches what there is",
+            hint=f"`{goes_on}` goes on{', up to a higher cap' if capped else ''}; "
+            f"`{remote.command('fetch')} --partial` fetches what there is",
         )
     if not job.rows:  # which were read in the cloud
         job = jobs.read(remote) or job
@@ -503,6 +565,8 @@ def fetch(
                 if result.error is not None:
                     errors.add(result.error)
                 output.write(result)
+    if not home:  # each run of a schedule has other answers
+        remember(remote.env.target, environment_name(remote.env.target, remote.environment), job.name, where)
     return Summary(
         job=job.name,
         state=str(status["state"]),
@@ -523,6 +587,15 @@ def tell(summary: Summary, console: Console) -> None:
     """The end, for a person."""
     status = summary.status
     seconds = max(status["time"] - status["began"], 0.001)
+    if summary.state != "done":
+        # Of whole shards; how fast it was, is told at its end.
+        console.done(
+            f"{counted(status['done'], 'row')} answered"
+            + (f", {status['failed']:,} failed" if status["failed"] else "")
+            + f", of {status['rows']:,}: {summary.output} has what there is so far"
+        )
+        _tell_errors(summary, console)
+        return
     of_run = f", {summary.in_run:,} of them in the last {duration(seconds)}"
     console.done(
         f"{counted(status['done'], 'row')} answered"
@@ -536,8 +609,13 @@ def tell(summary: Summary, console: Console) -> None:
         console.say(f"  {status['tokens_in']:,} tokens in, {status['tokens_out']:,} out{per}")
     if status["usd"] is not None:
         console.say(f"  ${status['usd']:.2f} for {duration(status['container_seconds'])} of containers")
+    _tell_errors(summary, console)
+
+
+def _tell_errors(summary: Summary, console: Console) -> None:
     if summary.errors_file is not None:
-        rows = "1 row has" if status["failed"] == 1 else f"{status['failed']:,} rows have"
+        failed = summary.status["failed"]
+        rows = "1 row has" if failed == 1 else f"{failed:,} rows have"
         console.warn(f"{rows} no answer: {summary.errors_file} says why of each")
         for text, count in summary.commonest:
-            console.say(f"  {count:,} x {text[:200]}")
+            console.say(f"  {count:,} x {' '.join(text.split())[:200]}")

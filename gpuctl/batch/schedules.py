@@ -25,7 +25,6 @@ from gpuctl.cost import usd
 from gpuctl.errors import EXIT_USAGE, GpuctlError, usage_error
 from gpuctl.reach import environment_name, reach
 from gpuctl.records import now
-from gpuctl.specs.remote_paths import is_remote
 from gpuctl.specs.schedule import Schedule
 from gpuctl.target import Target
 
@@ -168,9 +167,9 @@ def lines(remote: Remote, job: Job) -> Iterator[str]:
 
 def fetch_run(remote: Remote, job: Job, stamp: str | None, output: str | None, *, overwrite: bool) -> Summary:
     """The answers of a run, into a file of this machine; `stamp`: None: those of the last that is done."""
-    from gpuctl.batch.run import destination_of
+    from gpuctl.batch.run import destination_of, into
 
-    if output is None or is_remote(output):
+    if output is None:
         raise usage_error(
             f"--output: needed: each run of job {job.name!r} wrote its answers to {job.output}; name a file of this "
             "machine"
@@ -188,7 +187,7 @@ def fetch_run(remote: Remote, job: Job, stamp: str | None, output: str | None, *
         raise usage_error(f"--run: job {job.name!r} has no run {wanted!r} with rows; {there}")
     if status["state"] == RUNNING and alive(status):
         raise GpuctlError(f"run {wanted} of job {job.name} is not done", hint=remote.command("status"))
-    of_run = dataclasses.replace(of_run, output=output, errors=None)
+    of_run = into(of_run, output)
     destination_of(of_run).check(overwrite=overwrite)
     return fetch(remote, of_run, status, console=remote.console, home=f"runs/{wanted}/")
 

@@ -78,6 +78,14 @@ def changed_inputs(target: Target, environment: str, name: str) -> list[str]:
     return [] if kept is None else changed(kept[1], stamps(list(kept[1]), kept[0]))
 
 
+def files_of(target: Target, environment: str, name: str) -> Iterator[Path]:
+    """The files of this machine that a job read, as far as they are there."""
+    kept = _inputs(target, environment, name)
+    if kept is not None:
+        for typed in kept[1]:
+            yield from _files(kept[0] / typed)
+
+
 def _inputs(target: Target, environment: str, name: str) -> tuple[Path, dict[str, str]] | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         text = (jobs.folder_of(target, environment, name) / _INPUTS).read_text(encoding="utf-8")

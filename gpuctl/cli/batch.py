@@ -45,7 +45,15 @@ if TYPE_CHECKING:
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 _RUN = "run"
+_TAIL = 100  # lines of logs, as `modal app logs` has them
 _ENGINE_ARGS = "gpuctl.batch.engine_args"
+
+
+_ALSO_CALLED = {  # elsewhere
+    "list": "ls", "ps": "ls", "jobs": "ls", "show": "status", "info": "status", "get": "fetch", "download": "fetch",
+    "stop": "cancel", "kill": "cancel", "abort": "cancel", "continue": "resume", "restart": "resume",
+    "retry": "resume", "delete": "rm", "remove": "rm", "log": "logs", "follow": "wait", "watch": "wait",
+}  # fmt: skip
 
 
 class BatchGroup(TyperGroup):
@@ -56,6 +64,7 @@ class BatchGroup(TyperGroup):
         ctx.meta[_ENGINE_ARGS] = engine
         if own and own[0] not in self.commands and own[0] not in ("-h", "--help"):
             meant = difflib.get_close_matches(own[0], self.commands, n=1, cutoff=0.75)
+            meant = meant or [_ALSO_CALLED[own[0]]] if own[0] in _ALSO_CALLED else meant
             if meant and not any(word.startswith(("-o", "--output")) for word in own):  # a job needs one
                 raise usage_error(f"gpuctl batch: there is no command {own[0]!r}; did you mean {meant[0]}?")
             own = [_RUN, *own]
@@ -289,7 +298,16 @@ def run(
     """Answer every row of the input, once."""
     from gpuctl.batch import remote_files
     from gpuctl.batch.rows import Url
-    from gpuctl.batch.run import asked, before_of, finish, prepared, read_input, start, tell
+    from gpuctl.batch.run import (
+        asked,
+        before_of,
+        check_output,
+        finish,
+        prepared,
+        read_input,
+        start,
+        tell,
+    )
     from gpuctl.cli.console import Console
     from gpuctl.cli.serve import write_source
 
@@ -302,13 +320,19 @@ def run(
         raise usage_error(
             "--events: a schedule is deployed, and not followed; `gpuctl batch status` shows its runs"
         )
+    if (json or events) and spec.output == "-":
+        raise usage_error(
+            f"{'--json' if json else '--events'}: does not go with -o -: the answers would be among what it prints"
+        )
+    if events and (detach or dry_run or render):
+        raise usage_error("--events: follows a job; it does not go with --detach, --dry-run or --render")
     console = Console(quiet=quiet, verbose=verbose, json=json)
     unset = [variable for variable in spec.secrets_from_env if variable not in os.environ]
     if unset and not (dry_run or render):
         raise usage_error([f"--secret-from-env: {variable} is not set in this shell" for variable in unset])
     argv = argv_of(ctx)
     offline = bool(dry_run or render)
-    model = None
+    model = where = None
     if spec.remote_input:
         spec, model = _looked_up(spec, offline=offline)
         pictures = asked(spec, model) is Url.IMAGES
@@ -321,13 +345,15 @@ def run(
             spec, model = _looked_up(spec, offline=offline)
         rows, where = read_input(spec, model)
         if not (offline or spec.remote_output):
-            where.check(overwrite=spec.overwrite)
+            check_output(spec, where)
         if told:
             spec, model = _looked_up(spec, offline=offline)
         pictures = rows.url is Url.IMAGES
         decided = _decided(ctx, spec, model, argv, console, offline=offline, pictures=pictures)
         ready = prepared(decided, rows, where, argv=argv, console=console)
     with ready as what:
+        if where is not None and not (offline or spec.remote_output):
+            check_output(spec, where, what.job)
         before = before_of(decided, what, online=not offline, console=console)
         if render:
             write_source(render, what.source)
@@ -354,7 +380,7 @@ def run(
             remote, started = start(decided, what, before, runner=runner, console=console, yes=yes)
     estimate = {"estimate": None if before is None else before.document()}
     if detach and started is not None:
-        _tell_detached(remote, what.job, console, **estimate)
+        _tell_detached(remote, what.job, console, more=estimate)
         return
     summary = finish(
         remote,
@@ -384,8 +410,8 @@ def spec_of(params: Mapping[str, Any], engine_args: Sequence[str]) -> BatchSpec:
     return BatchSpec.from_options(**options, engine_args=engine_args, target=target_of(bool(params["local"])))
 
 
-def _spec_again(ctx: typer.Context, job: Job, changes: Mapping[str, str | None]) -> BatchSpec:
-    """The spec of a job that was started, with some options changed."""
+def _spec_again(ctx: typer.Context, job: Job) -> BatchSpec:
+    """The spec of a job that was started, with the options that were changed since."""
     from gpuctl.cli import command
 
     words = list(job.argv[1:])
@@ -397,9 +423,7 @@ def _spec_again(ctx: typer.Context, job: Job, changes: Mapping[str, str | None])
     group = command().get_command(ctx, "batch")
     assert isinstance(group, TyperGroup)
     made = group.commands[_RUN].make_context(_RUN, own, parent=ctx.parent)
-    return spec_of(
-        {**made.params, **{name: value for name, value in changes.items() if value is not None}}, engine
-    )
+    return spec_of({**made.params, **job.changes}, engine)
 
 
 def _looked_up(spec: BatchSpec, *, offline: bool) -> tuple[BatchSpec, Found | None]:
@@ -456,9 +480,15 @@ def _print_event(status: Any) -> None:
     print(json.dumps(status, separators=(",", ":")), flush=True)
 
 
-def _tell_detached(remote: Remote, job: Job, console: Console, **more: Any) -> None:
+def _tell_detached(
+    remote: Remote, job: Job, console: Console, *, runs: bool = True, more: Mapping[str, Any] | None = None
+) -> None:
+    """`runs`: False: it is done, which was said."""
     if console.json:
-        console.print_document({"job": job.name, "state": "running", "rows": job.rows, **more})
+        state = "running" if runs else "done"
+        console.print_document({"job": job.name, "state": state, "rows": job.rows, **(more or {})})
+    if not runs:
+        return
     console.say(f"job {job.name} runs. It needs this machine no more:")
     for verb, does in (
         ("wait", "follows it, and fetches the answers"),
@@ -535,31 +565,36 @@ def logs(
     ctx: typer.Context,
     job: JobName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they come.")] = False,
-    tail: Annotated[str | None, number("Only the last N lines.")] = None,
+    tail: Annotated[str | None, number("The last N lines. [default: 100]")] = None,
     local: Local = False,
     env: Environment = None,
     verbose: Verbose = False,
 ) -> None:
     """Show what a job's containers printed."""
+    import functools
+
     from gpuctl.batch import jobs
+    from gpuctl.batch.logs import MOST_LINES, followed, last
     from gpuctl.batch.manage import job_of
     from gpuctl.cli.console import Console
-    from gpuctl.modal_cli import app_logs_argv
     from gpuctl.reach import environment_name
 
+    if tail is not None and not (len(tail) < 10 and tail.isdecimal() and 0 < int(tail) <= MOST_LINES):
+        raise usage_error(f"--tail: {tail!r} is not a number of lines from 1 to {MOST_LINES}")
+    if follow and tail is not None:
+        raise usage_error("--follow: shows what comes, so not together with --tail")
     console = Console(verbose=verbose)
     remote = _remote(ctx, job, local, env, console)
     if jobs.get(remote.env.target, environment_name(remote.env.target, env), remote.job) is None:
         job_of(remote)  # of another machine, or of none
-    lines = None
-    if tail is not None:
-        if not tail.isdecimal() or not 0 < int(tail) < 10**9:
-            raise usage_error(f"--tail: {tail!r} is not a whole number of at least 1")
-        lines = int(tail)
-    argv = app_logs_argv(remote.name, follow=follow, tail=lines, environment=env)
-    code = runner_of(ctx).hand_over(argv, remote.env)
-    if code:
-        raise typer.Exit(1)
+    if follow:
+        followed(remote, functools.partial(print, flush=True))
+        return
+    lines = last(remote, _TAIL if tail is None else int(tail))
+    for line in lines:
+        print(line)
+    if not lines:
+        console.say(f"job {remote.job}: its containers have printed nothing")
 
 
 @batch_app.command(context_settings=CONTEXT_SETTINGS)
@@ -575,10 +610,11 @@ def wait(
     verbose: Verbose = False,
 ) -> None:
     """Follow a job until it ends, and fetch its answers."""
-    from gpuctl.batch.manage import job_of, with_output
+    from gpuctl.batch.manage import check_output_name, job_of, with_output
     from gpuctl.batch.run import finish, tell
     from gpuctl.cli.console import Console
 
+    check_output_name(output)
     console = Console(quiet=quiet, verbose=verbose, json=json)
     remote = _remote(ctx, job, local, env, console)
     found = job_of(remote)
@@ -587,7 +623,7 @@ def wait(
             f"JOB: {found.name!r} runs again and again, and has no end to wait for",
             hint=f"`{remote.command('status')}` shows its runs, `{remote.command('fetch')}` gets the answers of one",
         )
-    summary = finish(remote, with_output(found, output, overwrite=overwrite), None, console=console)
+    summary = finish(remote, with_output(remote, found, output, overwrite=overwrite), None, console=console)
     if json:
         console.print_document(summary.document())
     else:
@@ -614,11 +650,16 @@ def fetch(
     verbose: Verbose = False,
 ) -> None:
     """Fetch the answers of a job that has ended."""
-    from gpuctl.batch.manage import fetch_of, job_of
+    from gpuctl.batch.manage import check_output_name, fetch_of, job_of
     from gpuctl.batch.run import tell
     from gpuctl.batch.schedules import fetch_run
     from gpuctl.cli.console import Console
 
+    check_output_name(output)
+    if json and output == "-":
+        raise usage_error(
+            "--json: does not go with answers on stdout (-o -), which are no part of a document"
+        )
     console = Console(quiet=quiet, verbose=verbose, json=json)
     remote = _remote(ctx, job, local, env, console)
     found = job_of(remote)
@@ -682,55 +723,54 @@ def resume(
     verbose: Verbose = False,
 ) -> None:
     """Go on with a job where it stopped, also with another GPU or more containers."""
-    from gpuctl.batch.manage import job_of, resume_job, with_output
+    import dataclasses
+
+    from gpuctl.batch.manage import changes_of, check_output_name, job_of, resume_job, with_output
     from gpuctl.batch.rows import Url
     from gpuctl.batch.run import finish, tell
     from gpuctl.cli.console import Console
+    from gpuctl.specs.batch import check_changes
 
+    check_output_name(output)
+    given = {
+        option: value
+        for option, value in (
+            ("gpu", gpu),
+            ("max_containers", max_containers),
+            ("concurrency", concurrency),
+            ("max_cost", max_cost),
+            ("retries", retries),
+        )
+        if value is not None
+    }
+    check_changes(**given)
     console = Console(quiet=quiet, verbose=verbose, json=json)
     remote = _remote(ctx, job, local, env, console)
     found = job_of(remote)
     if found.schedule is not None:
         from gpuctl.batch import schedules
 
-        given = [
-            name
-            for name, value in (
-                ("retry_failed", retry_failed),
-                ("gpu", gpu),
-                ("max_containers", max_containers),
-                ("concurrency", concurrency),
-                ("max_cost", max_cost),
-                ("retries", retries),
-                ("output", output),
-            )
-            if value
-        ]
-        if given:
+        others = [*(["retry_failed"] if retry_failed else []), *given, *(["output"] if output else [])]
+        if others:
             raise usage_error(
-                f"--{given[0].replace('_', '-')}: {found.name!r} is scheduled; the command that deployed it "
+                f"--{others[0].replace('_', '-')}: {found.name!r} is scheduled; the command that deployed it "
                 "changes it, with other options"
             )
         schedules.resume(remote, found, yes=yes)
         schedules.tell_deployed(remote, console)
         return
     if not detach:
-        found = with_output(found, output, overwrite=overwrite or retry_failed)
-    changes = {
-        "gpu": gpu,
-        "max_containers": max_containers,
-        "concurrency": concurrency,
-        "max_cost": max_cost,
-        "retries": retries,
-    }
+        found = with_output(remote, found, output, overwrite=overwrite)
     decided = None
-    if any(value is not None for value in changes.values()):
-        spec, model = _looked_up(_spec_again(ctx, found, changes), offline=False)
+    if given:
+        # What an earlier `resume` changed stays as that has it.
+        found = dataclasses.replace(found, changes=changes_of(remote) | given)
+        spec, model = _looked_up(_spec_again(ctx, found), offline=False)
         pictures = found.url == Url.IMAGES
         decided = _decided(ctx, spec, model, found.argv, console, offline=False, pictures=pictures)
     started = resume_job(remote, found, decided, retry_failed=retry_failed, yes=yes)
     if detach:
-        _tell_detached(remote, found, console)
+        _tell_detached(remote, found, console, runs=started is not None)
         return
     summary = finish(remote, found, started, console=console, follows=started is not None)
     if json:

@@ -341,7 +341,8 @@ class Apps:
         environment = self._environments.named(request.environment_name)
         answer = api_pb2.AppGetByDeploymentNameResponse(environment_name=environment.name)
         apps = self._store.apps_named(environment.id, request.name)
-        named = [app for app in apps if app.version or app.state == DEPLOYED]
+        # A `modal run` has the name for as long as it runs, and is found by its id only.
+        named = [app for app in apps if app.deployed_at or app.state == DEPLOYED]
         app = next((a for a in named if a.state == DEPLOYED), None) or next(iter(named), None)
         if app is not None:
             if app.state == DEPLOYED:

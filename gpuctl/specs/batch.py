@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
 DEFAULT_MAX_CONTAINERS = 1  # a finite bill; see --max-containers
-DEFAULT_RETRIES = 2
+DEFAULT_RETRIES, MOST_RETRIES = 2, 100
 PREFIX = "gpuctl-batch-"  # of a job's App, Volume and Dict
 LONGEST_NAME = 64 - len(PREFIX)  # Modal's names have at most 64 characters
 TASKS = ("chat", "completions", "embeddings", "transcriptions", "images")
@@ -57,6 +57,7 @@ _WRITING = {
 _NOT_OF = {"embeddings": frozenset(_WRITING.values()), "transcriptions": frozenset({"response_format"})}
 
 _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)")
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 _DAY = 24 * 3600
 _TEMPERATURE = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,4})?", re.ASCII)
 
@@ -247,8 +248,13 @@ class BatchSpec:
             model = read.parsed(lambda text: ModelRef.of_folder(text) or ModelRef.parse(text), work)
         if not inputs:
             read.problem("INPUT: nothing given; name a file, a folder, or - for what is piped in")
+        if "" in inputs:
+            read.problem("INPUT: '' names no file")
         if output is None:
             read.problem("--output: needed: where the answers go, such as -o answers.jsonl")
+        for flag, file in (("--output", output), ("--errors", errors)):
+            if file == "":
+                read.problem(f"{flag}: '' names no file")
         answers = output or "-"
         if answers != "-" and any(_same_file(answers, name) for name in inputs):
             read.problem(f"--output: {answers!r} is the input; the answers need a file of their own")
@@ -282,7 +288,7 @@ class BatchSpec:
                     read.problem(
                         f"{flag}: is for a model, and {work} is a function, which gets the rows as they are"
                     )
-        if name is not None and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
+        if name is not None and not _NAME.fullmatch(name):
             read.problem(
                 f"--name: {name!r} is no name of a job: letters, digits, '.', '_' or '-', {LONGEST_NAME} at most"
             )
@@ -337,7 +343,7 @@ class BatchSpec:
             max_containers=read.whole("--max-containers", max_containers, DEFAULT_MAX_CONTAINERS),
             concurrency=read.optional_whole("--concurrency", concurrency),
             batch_size=read.optional_whole("--batch-size", batch_size, unit="rows"),
-            retries=read.whole("--retries", retries, DEFAULT_RETRIES, at_least=0, at_most=100),
+            retries=read.whole("--retries", retries, DEFAULT_RETRIES, at_least=0, at_most=MOST_RETRIES),
             max_cost=read.dollars("--max-cost", max_cost),
             max_model_len=read.optional_whole("--max-model-len", max_model_len, unit="tokens"),
             cpu=read.amount("--cpu", cpu, whole=False, unit="cores, as in 4, 2.5 or REQUEST,LIMIT"),
@@ -473,6 +479,34 @@ class BatchSpec:
         """How the engine's image is built for the device of the target."""
         engine = catalog.vllm()
         return engine.cpu if self.target is Target.LOCAL else engine.cuda
+
+
+def check_name(name: str) -> None:
+    """Refuse what can be no job's name."""
+    if not _NAME.fullmatch(name):
+        raise usage_error(
+            f"JOB: {name!r} is no name of a job: letters, digits, '.', '_' or '-', {LONGEST_NAME} at most"
+        )
+
+
+def check_changes(
+    *,
+    gpu: str | None = None,
+    max_containers: str | None = None,
+    concurrency: str | None = None,
+    max_cost: str | None = None,
+    retries: str | None = None,
+) -> None:
+    """Refuse what a job cannot be resumed with, whatever job it is."""
+    read = ResourceReader()
+    if gpu is not None and gpu.strip().lower() != AUTO:
+        read.parsed(GpuRequest.parse, gpu)
+    read.optional_whole("--max-containers", max_containers)
+    read.optional_whole("--concurrency", concurrency)
+    read.dollars("--max-cost", max_cost)
+    read.optional_whole("--retries", retries, at_least=0, at_most=MOST_RETRIES)
+    if read.problems:
+        raise usage_error(read.problems)
 
 
 def _same_file(one: str, other: str) -> bool:

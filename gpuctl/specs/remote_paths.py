@@ -29,7 +29,7 @@ REQUIRED_KEYS = {
     GCS: ("GOOGLE_ACCESS_KEY_ID", "GOOGLE_ACCESS_KEY_SECRET"),
 }
 
-_URI = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<place>[^/]*)(?P<path>.*)", re.DOTALL)
+_URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<place>[^/]*)(?P<path>.*)", re.DOTALL)
 # Amazon's rules for names of buckets; Google's and Cloudflare's are no wider but for underscores.
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 _MAGIC = re.compile(r"[*?\[]")
@@ -82,7 +82,7 @@ def parse(flag: str, text: str) -> RemotePath:
             "s3a": "s3://BUCKET/KEY",
             "r2": "s3://BUCKET/KEY with --bucket-endpoint https://ACCOUNT.r2.cloudflarestorage.com",
             "modal": "volume://NAME/PATH",
-        }.get(scheme, "")
+        }.get(scheme.lower(), "in small letters" if scheme.lower() in SCHEMES else "")
         raise usage_error(
             f"{flag}: {text!r}: {scheme}:// is none of s3://BUCKET/KEY, gs://BUCKET/KEY and volume://NAME/PATH"
             + (f"; {hint}" if hint else "")
@@ -187,6 +187,8 @@ def check_paths(
         if any(path == answers for path in remote):
             read.problem(f"--output: {output!r} is the input; the answers need a file of their own")
     failed = read.parsed(_of("--errors"), errors) if errors is not None and is_remote(errors) else None
+    if failed is not None and any(path == failed for path in remote):
+        read.problem(f"--errors: {errors!r} is the input; the errors need a file of their own")
     if errors is not None and is_remote(output) != is_remote(errors):
         read.problem(f"--errors: {errors!r} must be where the answers are, beside {output!r}")
     elif answers and failed and (answers.scheme, answers.place) != (failed.scheme, failed.place):

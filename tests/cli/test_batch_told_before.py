@@ -107,8 +107,10 @@ def test_an_input_of_bad_rows_starts_nothing(capsys: pytest.CaptureFixture[str])
 
 def test_a_function_is_not_guessed_at(capsys: pytest.CaptureFixture[str]) -> None:
     Path("work.py").write_text("def process(row):\n    return row\n")
-    err = told(capsys, "work.py:process", rows("a"))
+    err = told(capsys, "work.py:process", rows(*["a"] * 101))
     assert "time: nobody knows how long a function takes; --limit 100 does 100 rows for a taste" in err
+    err = told(capsys, "work.py:process", "rows.jsonl", "--limit", "100")
+    assert "time: nobody knows how long a function takes\n" in err
 
 
 def test_it_is_told_before_anybody_is_asked_and_what_was_made_is_taken_away(

@@ -104,15 +104,31 @@ def test_a_job_from_its_rows_to_its_answers(batch: Batch) -> None:
     assert told["errors"].endswith("out.errors.jsonl")
     check_squares(batch, 250)
 
-    # Again: the output is there; with another, the answers that were paid for are fetched.
+    # Again: the output is the job's own, and becomes the same; with a note in it, it is somebody else's.
+    before = (batch.folder / "out.jsonl").read_bytes()
+    _, err = batch.run(*work)
+    assert "nothing is paid twice" in err
+    assert (batch.folder / "out.jsonl").read_bytes() == before
+    (batch.folder / "out.jsonl").write_bytes(before + b"{}\n")
     _, err = batch.run(*work, code=2)
     assert "exists" in err
+    (batch.folder / "out.jsonl").write_bytes(before)
+    # With another, the answers that were paid for are fetched.
     began = batch.json("status", told["job"])["run"]
     again = batch.json(*(word.replace("out.jsonl", "again.jsonl") for word in work))
     assert (again["job"], again["state"]) == (told["job"], "done")
     assert batch.json("status", told["job"])["run"] == began
     check_squares(batch, 250, "again.jsonl")
     assert told["job"] in [row["job"] for row in batch.json("ls")]
+
+    told_again = batch.json("resume", told["job"], "--detach")
+    assert told_again == {"job": told["job"], "state": "done", "rows": 250}, "and does not run"
+    out, _ = batch.run("logs", told["job"], "--tail", "1000")
+    assert "square of 7" in out, "what the function printed"
+    assert "@gpuctl" not in out
+    for output, says in ((rows, "is a file of the input"), ("out.csv", "kept no columns of the input")):
+        _, err = batch.run("fetch", told["job"], "-o", output, "--overwrite", code=2)
+        assert says in err
 
     # Other rows are another job.
     rows = batch.rows(10)
@@ -188,14 +204,18 @@ def test_a_cap_stops_what_is_charged(batch: Batch, monkeypatch: pytest.MonkeyPat
     assert (stopped["state"], stopped["rows"]) == ("stopped", 3000)
     assert 0.01 <= stopped["usd"] < 0.02
     assert 0 < stopped["done"] < 2970
+    assert "--max-cost 0.02` goes on, up to a higher cap" in err
+    for again in (("resume", "capped"), (*words, "--max-cost", "0.01")):
+        _, err = batch.run(*again, "-y", code=2)
+        assert "--max-cost: $0.01 are spent already" in err, "and nothing is started only to be stopped"
     if stopped["shards_ended"]:
-        batch.run("fetch", "capped", "--partial", "-o", "part.jsonl")
-        kept = [line["custom_id"] for line in batch.lines("part.jsonl")]
+        batch.run("fetch", "capped", "--partial")  # where the job puts its answers, which replace these
+        kept = [line["custom_id"] for line in batch.lines("out.jsonl")]
         assert kept == [f"row-{n}" for n in range(3000) if f"row-{n}" in kept], "of whole shards, in order"
     else:
-        _, err = batch.run("fetch", "capped", "--partial", "-o", "part.jsonl", code=1)
+        _, err = batch.run("fetch", "capped", "--partial", code=1)
         assert "no shard of it has ended" in err
-        assert not (batch.folder / "part.jsonl").exists()
+        assert not (batch.folder / "out.jsonl").exists()
 
     told = batch.json("resume", "capped", "--max-cost", "5", "--concurrency", "50", "-y")
     assert (told["state"], told["done"], told["failed"]) == ("done", 2970, 30)

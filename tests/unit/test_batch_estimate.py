@@ -251,3 +251,17 @@ def test_errors_that_say_the_same_are_one_kind() -> None:
         ("invalid_json: a.jsonl:7: not JSON", 1),
     ]
     assert len(errors.commonest(2)) == 2
+
+
+def test_errors_that_come_again_and_again_are_told_apart() -> None:
+    errors = Errors()
+    for n in range(60):
+        errors.add(Problem("exception", f"KeyError: {['text', 'title', 'text'][n % 3]!r}"))
+    for n in range(300):
+        errors.add(Problem("context", f"{n} tokens"))  # more than are counted one by one
+    errors.add(Problem("context", "0 tokens"))
+    assert errors.commonest(5) == [
+        ("context: 0 tokens", 301),
+        ("exception: KeyError: 'text'", 40),
+        ("exception: KeyError: 'title'", 20),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ STATUS = {
 
 def said(**status: Any) -> str:
     out = io.StringIO()
-    Progress(Console(stderr=out)).update({**STATUS, **status})
+    Progress(Console(stderr=out)).update({**STATUS, "time": time.time(), **status})
     return out.getvalue().strip().partition(" rows, ")[2] or out.getvalue().strip().partition(" rows")[2]
 
 
@@ -41,3 +42,40 @@ def said(**status: Any) -> str:
 )
 def test_what_a_job_waits_for_is_said(status: dict[str, Any], waits: str) -> None:
     assert said(**status) == waits
+
+
+def test_how_fast_it_is_and_what_is_left() -> None:
+    out = io.StringIO()
+    progress = Progress(Console(stderr=out))
+    now = time.time()
+    pace = progress.update({**STATUS, "time": now, "rows": 100})
+    assert pace.document() == {
+        "left": 100,
+        "rows_per_second": None,
+        "tokens_in_per_second": None,
+        "tokens_out_per_second": None,
+        "seconds_left": None,
+    }
+    later = {"time": now + 4, "rows": 100, "done": 18, "failed": 2, "tokens_in": 400, "tokens_out": 80}
+    pace = progress.update({**STATUS, **later, "containers": 1, "usd": 0.5})
+    assert pace.document() == {
+        "left": 80,
+        "rows_per_second": 5.0,
+        "tokens_in_per_second": 100.0,
+        "tokens_out_per_second": 20.0,
+        "seconds_left": 16.0,
+    }
+    progress.update({**STATUS, **later, "state": "stopped", "containers": 1, "usd": 0.5})
+    last = out.getvalue().splitlines()[-1]
+    assert last.endswith(
+        "20 of 100 rows, 2 failed, 5 rows/s, 100 tok/s in, 20 out, 80 rows left: 16 s, 1 container, $0.50"
+    )
+
+
+def test_what_was_told_long_ago_is_not_said_again() -> None:
+    out = io.StringIO()
+    progress = Progress(Console(stderr=out))
+    progress.update({**STATUS, "time": time.time() - 600})
+    assert not out.getvalue()
+    progress.update({**STATUS, "time": time.time(), "done": 4})
+    assert "4 of 10 rows" in out.getvalue()

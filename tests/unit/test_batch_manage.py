@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpuctl.batch.jobs import Job
-from gpuctl.batch.manage import with_output
+from gpuctl.batch.run import into
 from gpuctl.errors import GpuctlError
 
 JOB = Job(
@@ -52,7 +52,7 @@ def test_answers_are_fetched_as_what_the_file_is_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, output: str, made: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job = with_output(dataclasses.replace(JOB, format=kept), output, overwrite=False)
+    job = into(dataclasses.replace(JOB, format=kept), output)
     assert (job.format, job.output) == (made, output)
 
 
@@ -61,4 +61,4 @@ def test_answers_without_the_inputs_columns_make_no_table(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GpuctlError, match=r"'a.csv' would be csv, and job 'j' is of openai"):
-        with_output(dataclasses.replace(JOB, format="openai"), "a.csv", overwrite=False)
+        into(dataclasses.replace(JOB, format="openai"), "a.csv")

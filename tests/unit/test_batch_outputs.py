@@ -344,6 +344,31 @@ def test_a_folder_may_have_subtitles_beside_recordings_but_no_texts_upon_texts(f
         destination("./", url=Url.CHAT, form=Format.TXT).check_apart(files())
 
 
+OF_OURS = '{"id":"batch_req_j_0","custom_id":"a","response":null,"error":{"code":"x","message":"y"}}\n'
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_an_output_without_a_name_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(GpuctlError) as error:
+        destination(name, url=Url.CHAT, form=Format.OPENAI)
+    assert error.value.exit_code == 2
+
+
+def test_what_holds_no_errors_is_none_of_an_earlier_run(folder: Path) -> None:
+    where = destination("a.jsonl", url=Url.CHAT)
+    for mine in ("mine\n", "[1]\n", "7", '{"id": "batch_req_1", "response": {}, "error": null}\n'):
+        Path("a.errors.jsonl").write_text(mine)
+        with pytest.raises(GpuctlError, match=r"a\.errors\.jsonl .*: exists, and holds no errors"):
+            where.check(overwrite=False)
+        where.check(overwrite=True)
+    for of_ours in ("", OF_OURS):
+        Path("a.errors.jsonl").write_text(of_ours)
+        where.check(overwrite=False)
+    write("a.jsonl", [Result(0, "row-0", None, Problem("y", "z"))])
+    Path("a.jsonl").unlink()
+    where.check(overwrite=False)
+
+
 def test_what_was_there_may_be_replaced_and_keeps_its_mode_and_its_link(folder: Path) -> None:
     Path("real.jsonl").touch(mode=0o640)
     Path("link.jsonl").symlink_to("real.jsonl")

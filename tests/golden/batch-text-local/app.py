@@ -1746,8 +1746,11 @@ class Ledger:
             "tokens_out": total["tokens_out"],
             "shards": self.shards,
             "shards_ended": len(self.ended),
-            "containers": len(now),
-            "containers_loading": sum(one[2] is None for one in now),
+            # Of more, some have died, and have not been silent for long.
+            "containers": min(len(now), MAX_CONTAINERS),
+            "containers_loading": min(
+                sum(one[2] is None for one in now), MAX_CONTAINERS
+            ),
             "containers_started": len(up),
             "container_seconds": round(seconds, 1),
             "working_seconds": round(working, 1),
@@ -1756,6 +1759,7 @@ class Ledger:
             "usd": None
             if USD_PER_SECOND is None
             else round(seconds * USD_PER_SECOND, 6),
+            "max_usd": MAX_USD,
         }
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 
 def square(row):
+    if row["n"] == 7:
+        print("square of 7", flush=True)
     if row["n"] % 100 == 99:
         raise ValueError(f"{row['n']} is not liked")
     return {"square": row["n"] ** 2}
