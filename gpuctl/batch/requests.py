@@ -83,8 +83,9 @@ def messages_of(value: Any, column: str) -> list[Any]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise RowError("invalid_row", f"column {column!r} is no JSON list of messages") from None
-    if not isinstance(value, list):
-        raise RowError("invalid_row", f"column {column!r} is no list of messages")
+    if not isinstance(value, list) or not value:
+        no = "an empty list" if value == [] else "no list of messages"
+        raise RowError("invalid_row", f"column {column!r} is {no}")
     return value
 
 

@@ -195,13 +195,20 @@ def need_pyarrow(what: str) -> None:
 
 
 def _sample(stream: BinaryIO) -> tuple[bytes, bool]:
-    """How it begins, a whole line at least, and whether that is all."""
+    """How it begins, a whole line at least, and whether that is all. What stands before damage is told as any other."""
     head, size = b"", SAMPLE
     while len(head) < LONGEST:
-        more = stream.read(size)
-        head += more
-        if len(more) < size:
-            return head, True
+        until = len(head) + size
+        while len(head) < until:
+            try:
+                more = stream.read1(until - len(head))  # type: ignore[attr-defined]
+            except READ_ERRORS:
+                if not head:
+                    raise
+                return head, True
+            if not more:
+                return head, True
+            head += more
         if b"\n" in head.lstrip() or b"\0" in head:
             break
         size = len(head)  # twice as much each time: a long line is not copied over and over
@@ -214,15 +221,15 @@ class _Readable(Protocol):
 
 def _unpack(stream: BinaryIO, compression: str | None) -> BinaryIO:
     if compression == "gzip":
-        return _buffered(gzip.GzipFile(fileobj=stream))
+        return _buffered(_Gzip(stream))
     if compression == "zstd":
         need_pyarrow("a .zst file")
         return _buffered(_Zstd(stream))
     return stream
 
 
-def _buffered(stream: io.RawIOBase | gzip.GzipFile) -> BinaryIO:
-    return cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", stream), BLOCK))
+def _buffered(stream: io.RawIOBase) -> BinaryIO:
+    return cast("BinaryIO", io.BufferedReader(stream, BLOCK))
 
 
 def _chained(head: bytes, rest: _Readable) -> BinaryIO:
@@ -278,6 +285,17 @@ class _Transcoded(_Reader):
             self._ended = not block
             text = self._decoder.decode(block, final=self._ended)
         return text.encode("utf-8", "surrogatepass")
+
+
+class _Gzip(_Reader):
+    """Piece by piece, so that of a file that is cut short all comes that stands before the cut."""
+
+    def __init__(self, stream: _Readable) -> None:
+        super().__init__()
+        self._file = gzip.GzipFile(fileobj=cast("BinaryIO", stream))
+
+    def some(self) -> bytes:
+        return self._file.read1(BLOCK)
 
 
 class _Zstd(_Reader):

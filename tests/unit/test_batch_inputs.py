@@ -477,6 +477,28 @@ def test_a_file_that_is_cut_short_gives_what_stands_before(folder: Path) -> None
     ]
 
 
+def test_a_small_file_that_is_cut_short_does_so_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gzip.compress(lines(*({"text": f"row {number}"} for number in range(50))))
+    put("in.jsonl.gz", whole[:-20])
+    rows = list(open_input(["in.jsonl.gz"], prompt="{text}"))
+    assert len(rows) > 2
+    assert prompts(rows) == [f"row {number}" for number in range(len(rows) - 1)]
+    ((number, code, _),) = bad(rows)
+    assert (number, code) == (len(rows) - 1, "unreadable_file")
+    with stdin(whole[:-20]):
+        assert len(prompts(list(open_input(["-"], prompt="{text}")))) == number
+
+
+def test_an_empty_conversation_is_none_with_a_system_message_either(folder: Path) -> None:
+    put("in.jsonl", lines({"turns": []}, {"turns": "[]"}, {"turns": [{"role": "user", "content": "x"}]}))
+    rows = list(open_input(["in.jsonl"], messages_column="turns", system="be brief"))
+    assert prompts(rows) == ["x"]
+    assert [says for _, _, says in bad(rows)] == [
+        "in.jsonl:1: column 'turns' is an empty list",
+        "in.jsonl:2: column 'turns' is an empty list",
+    ]
+
+
 def test_a_line_without_an_end_does_not_fill_the_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
