@@ -457,6 +457,7 @@ def driver(tmp_path: Path) -> Any:
             "USD_PER_SECOND": None,
             "UNLOADED": "unloaded",
             "MOST_UNLOADED": 3,
+            "SAVE_SECONDS": 2.0,
         },
         schedule=None,
         files=False,
@@ -523,6 +524,29 @@ def test_a_job_ends_where_three_containers_could_load_nothing(driver: Any) -> No
     driver.ledger.now[0] = {"rows": 0}
     driver.end_where_nothing_loads(told(3))
     assert (driver.state, driver.problem) == ("failed", "it cannot be loaded: no 2")
+
+
+def test_a_job_goes_on_where_others_of_its_containers_load_or_have(driver: Any) -> None:
+    """Three of twenty may have had bad luck."""
+    told = [(f"unloaded ta-{n}", [driver.began + n, f"no {n}"]) for n in range(4)]
+
+    def up(task: int, ready: float | None, seen: float = 0.0) -> None:
+        driver.ledger.containers[f"ta-{task}"] = [driver.began, driver.began + seen, ready, 0.0, 0]
+
+    for task in range(4):
+        up(task, None)  # those that failed
+    for task in range(4, 8):
+        up(task, None)
+    driver.end_where_nothing_loads(told)
+    assert driver.state == "running", "as many load"
+    for task in range(5, 8):
+        up(task, None, seen=-100.0)
+    up(4, driver.began)
+    driver.end_where_nothing_loads(told)
+    assert driver.state == "running", "one can answer"
+    up(4, None)
+    driver.end_where_nothing_loads(told)
+    assert (driver.state, driver.problem) == ("failed", "it cannot be loaded: no 3")
 
 
 def test_a_container_that_loads_says_so_until_it_can_answer(runtime: ModuleType) -> None:

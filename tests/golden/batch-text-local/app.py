@@ -1728,14 +1728,18 @@ class Ledger:
                     if shard not in self.ended:
                         self.now[shard] = counts
 
+    def alive(self) -> dict[str, list[Any]]:
+        """The containers that were heard of lately."""
+        late = time.time() - 3 * SAVE_SECONDS - 10
+        return {task: one for task, one in self.containers.items() if one[1] > late}
+
     def figures(self) -> dict[str, Any]:
         counted = [*self.ended.values(), *self.now.values()]
         total = {
             name: sum(counts[name] for counts in counted)
             for name in ("rows", "failed", "tokens_in", "tokens_out")
         }
-        up = self.containers.values()
-        now = [one for one in up if time.time() - one[1] < 3 * SAVE_SECONDS + 10]
+        up, now = self.containers.values(), self.alive().values()
         seconds = sum(seen - began for began, seen, *_ in up)
         working = sum(seen - ready for _, seen, ready, *_ in up if ready is not None)
         return {
@@ -1941,14 +1945,21 @@ class Driver:
         self.end_where_nothing_loads(items)
 
     def end_where_nothing_loads(self, items: Iterable[tuple[str, Any]]) -> None:
-        """Each of the calls would be tried in several containers, all of them in vain."""
-        told = [told for key, told in items if key.startswith(UNLOADED)]
-        reasons = [reason for when, reason in sorted(told) if when >= self.began]
-        now = self.ledger.now.values()
-        ended = self.ledger.ended or any(counts["rows"] for counts in now)
-        if self.state == "running" and len(reasons) >= MOST_UNLOADED and not ended:
+        """Each of the calls would be tried in several containers, all of them in vain. Where
+        most of them are up or still load, it was bad luck, and others go on."""
+        told = {key: report for key, report in items if key.startswith(UNLOADED)}
+        failed = {
+            key.split()[1]: said for key, said in told.items() if said[0] >= self.began
+        }
+        alive = self.ledger.alive().items()
+        others = [one for task, one in alive if task not in failed]
+        can_answer = [one for one in others if one[2] is not None]
+        rows = [counts for counts in self.ledger.now.values() if counts["rows"]]
+        if self.state != "running" or self.ledger.ended or rows or can_answer:
+            return
+        if len(failed) >= MOST_UNLOADED and len(failed) > len(others):
             self.state = "failed"
-            self.problem = f"it cannot be loaded: {reasons[-1]}"
+            self.problem = f"it cannot be loaded: {max(failed.values())[1]}"
 
     def stop_if_told(self, figures: dict[str, Any]) -> None:
         stop = DATA / "control" / "stop"
