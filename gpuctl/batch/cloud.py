@@ -168,6 +168,7 @@ def _read(plan: Mapping[str, Any], folder: Path) -> tuple[Job, Staged]:
         system=plan["system"],
         messages_column=plan["messages_column"],
         model=plan["job"]["work"],
+        models=plan["models"] or (),
         encoding=plan["encoding"],
         keep_columns=like.columns,
     )

@@ -25,7 +25,7 @@ from gpuctl.batch.sources import LONGEST, READ_ERRORS, look, not_text, shown, te
 from gpuctl.errors import usage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 # What a job can use of a folder that holds several kinds.
@@ -46,13 +46,15 @@ def open_input(
     system: str | None = None,
     messages_column: str | None = None,
     model: str = "",
+    models: Collection[str] = (),
     encoding: str | None = None,
     keep_columns: bool = False,
 ) -> Input:
     """Find out what `paths` are, and refuse what could never be answered, before a row is read.
 
     `kind` is `--input-format`, where what is found by itself will not do. `url` is what the job is for; without it,
-    lines of OpenAI's Batch API say it, recordings are transcribed, and the rest is chat. `model` is what answers.
+    lines of OpenAI's Batch API say it, recordings are transcribed, and the rest is chat. `model` is what answers,
+    `models` are other names that it knows itself and adapters by.
     `keep_columns` gives each row the columns that the output repeats.
     """
     if encoding is not None:
@@ -60,7 +62,8 @@ def open_input(
     found = find(paths, kind, _USABLE.get(url, frozenset()) if url else frozenset(), encoding)
     if found.kind is Kind.OPENAI and url is Url.FUNCTION:
         found = Found(Kind.JSONL, found.readers, skipped=found.skipped)
-    return Input(found, Asking(found, url, prompt, system, messages_column), model, encoding, keep_columns)
+    asking = Asking(found, url, prompt, system, messages_column)
+    return Input(found, asking, (model, *models) if model else (), encoding, keep_columns)
 
 
 def strict(rows: Iterable[Row]) -> Iterator[Row]:
@@ -78,13 +81,13 @@ class Input:
     """
 
     def __init__(
-        self, found: Found, asking: Asking, model: str, encoding: str | None, keep_columns: bool
+        self, found: Found, asking: Asking, models: Sequence[str], encoding: str | None, keep_columns: bool
     ) -> None:
         self.kind = found.kind
         self.url = asking.url
         self._found = found
         self._asking = asking
-        self._model = model
+        self._models = models
         self._encoding = encoding
         self._keep = keep_columns
         self._start()
@@ -137,7 +140,9 @@ class Input:
             )
         if self._others:
             rows = f"{self._others:,} row{'s' * (self._others > 1)}"
-            found.append(f"{rows} for another model ({self._other_model}): {self._model} answers all of them")
+            found.append(
+                f"{rows} for another model ({self._other_model}): {self._models[0]} answers all of them"
+            )
         return found
 
     def __iter__(self) -> Iterator[Row]:
@@ -200,7 +205,7 @@ class Input:
         if not self._seen.add(row_id):
             raise RowError("duplicate_custom_id", f"custom_id {row_id!r} was there before")
         other = body.get("model")
-        if other is not None and other != self._model and self._model:
+        if other is not None and self._models and other not in self._models:
             self._others += 1
             self._other_model = self._other_model or str(other)
         return body, media

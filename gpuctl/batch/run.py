@@ -120,6 +120,7 @@ def read_input(spec: BatchSpec, found: Found | None = None) -> tuple[Input, Dest
         system=spec.system,
         messages_column=spec.messages_column,
         model=spec.title,
+        models=_names(spec) or (),
         encoding=spec.encoding,
         keep_columns=like.columns,
     )
@@ -143,6 +144,11 @@ def check_output(spec: BatchSpec, where: Destination, job: Job | None = None) ->
             hint="--overwrite replaces it, or name another",
         )
     where.check(overwrite=own)
+
+
+def _names(spec: BatchSpec) -> set[str] | None:
+    """What rows may call the model, or an adapter, by; None: a function answers them."""
+    return None if spec.model is None else {*spec.model.served_names, *adapters(spec.engine_args)}
 
 
 _KINDS = {"embedding": Url.EMBEDDINGS, "speech": Url.TRANSCRIPTIONS, "image": Url.IMAGES}
@@ -211,9 +217,7 @@ def prepared(
                 defaults={**needed(rows.url, where.format), **defaults},
                 limit=spec.limit,
                 dedupe=spec.dedupe,
-                models=None
-                if spec.model is None
-                else {*spec.model.served_names, *adapters(spec.engine_args)},
+                models=_names(spec),
                 see=watch.see,
             )
         if not staged.rows:
@@ -252,6 +256,8 @@ def prepared(
             from gpuctl.batch.remote_files import put_code
 
             put_code(staged.folder, spec, job, made_for=rows.url)
+        if spec.adapter is not None:
+            console.note(f"--lora-modules: {spec.adapter} answers the rows that name no model")
         for warning in rows.warnings():
             console.warn(warning)
         for name in changed(inputs, stamps(spec.inputs, Path.cwd())):

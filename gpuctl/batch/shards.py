@@ -80,8 +80,10 @@ def stage(
             for row in itertools.islice(rows, limit):
                 staged.rows += 1
                 line = _line(row, defaults, folder, staged)
-                if models is not None and row.body is not None and row.body.get("model", "") not in models:
-                    line["body"].pop("model", None)
+                if models is not None and row.body is not None and "model" in row.body:
+                    named = row.body["model"]
+                    if not isinstance(named, str) or named not in models:
+                        del line["body"]["model"]
                 text = dumps(line).encode() + b"\n"
                 digest.update(text)
                 if found is not None and row.bad is None and not row.media and found.take(line):

@@ -7,7 +7,6 @@ What the input's rows are is not known here: `gpuctl.batch.inputs` finds that ou
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from gpuctl import catalog
 from gpuctl.batch.requests import MOST_STEPS, size_problem
 from gpuctl.errors import usage_error
 from gpuctl.specs import names
-from gpuctl.specs.engine_args import check_engine_args, stages
+from gpuctl.specs.engine_args import adapters, check_engine_args, stages
 from gpuctl.specs.gpu import AUTO, GpuRequest
+from gpuctl.specs.json_schema import read_schema
 from gpuctl.specs.model import ModelRef
 from gpuctl.specs.remote_paths import Mount, check_paths, is_remote, mounts, parse
 from gpuctl.specs.resources import (
@@ -433,7 +433,15 @@ class BatchSpec:
             raise usage_error(problems)
         if asked == "transcriptions" and "max_tokens" in fields:
             fields["max_completion_tokens"] = fields.pop("max_tokens")  # as vLLM calls it there
+        if self.adapter is not None:
+            fields["model"] = self.adapter
         return fields
+
+    @property
+    def adapter(self) -> str | None:
+        """Of one adapter, its name: it answers the rows that name no model. Of several, rows say which."""
+        named = adapters(self.engine_args)
+        return named[0] if len(named) == 1 else None
 
     def check_gpus(self) -> None:
         """Refuse several GPUs for what runs on one."""
@@ -567,20 +575,8 @@ def _number(read: ResourceReader, flag: str, text: str | None, *, most: float, s
 
 def _schema(read: ResourceReader, path: str) -> dict[str, Any] | None:
     """`--json-schema FILE` as OpenAI's API says it."""
-    try:
-        schema = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        if path.lstrip().startswith("{"):
-            read.problem("--json-schema: takes the name of a file with the schema in it, not the schema")
-        else:
-            read.problem(f"--json-schema: cannot read {path!r}: {error.strerror}")
-    except ValueError as error:
-        read.problem(f"--json-schema: {path!r} is not JSON: {error}")
-    else:
-        if isinstance(schema, dict):
-            return {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "schema": schema, "strict": True},
-            }
-        read.problem(f"--json-schema: {path!r} holds no JSON Schema, which is an object")
+    schema, wrong = read_schema(path)
+    if wrong is None:
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    read.problem(f"--json-schema: {wrong}")
     return None

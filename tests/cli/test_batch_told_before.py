@@ -208,3 +208,36 @@ def test_how_long_a_transcription_may_be_is_said_as_the_engine_calls_it() -> Non
     asked = spec.defaults("/v1/audio/transcriptions")
     assert asked == {"max_completion_tokens": 7, "temperature": 0}
     assert spec.defaults("/v1/chat/completions") == {"max_tokens": 7, "temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ('{"type": "objekt"}', "type is 'objekt', none of object, array"),
+        ('{"properties": {"a": {"items": {"type": ["null", 3]}}}}', "properties.a.items.type is 3"),
+        ('{"anyOf": [true, 1]}', "anyOf[1] is 1, not a schema"),
+        ('{"required": "a"}', "required is 'a', not a list of names"),
+        ("[]", "holds no JSON Schema"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_a_mistake_in_a_schema_is_refused(capsys: pytest.CaptureFixture[str], schema: str, says: str) -> None:
+    Path("schema.json").write_text(schema)
+    err = told(capsys, "tiny", rows("badu"), *ASK, "--json-schema", "schema.json", code=2)
+    assert "error: --json-schema: 'schema.json' " in err
+    assert says in err
+
+
+def test_a_schema_may_be_whatever_json_schema_has(capsys: pytest.CaptureFixture[str]) -> None:
+    schema = {
+        "type": ["object", "null"],
+        "$defs": {"n": {"enum": [1, "x"], "const": 3}},
+        "properties": {
+            "type": {"$ref": "#/$defs/n"},
+            "required": {"items": {"type": "string"}, "minItems": 1},
+        },
+        "required": ["type"],
+        "additionalProperties": False,
+    }
+    Path("schema.json").write_text("\ufeff" + json.dumps(schema), encoding="utf-8")
+    assert "error" not in told(capsys, "tiny", rows("badu"), *ASK, "--json-schema", "schema.json")

@@ -406,6 +406,9 @@ def test_another_model_is_counted(folder: Path) -> None:
     found = open_input(["in.jsonl"], model="llama3")
     list(found)
     assert found.warnings() == ["1 row for another model (gpt-4o): llama3 answers all of them"]
+    found = open_input(["in.jsonl"], model="m", models={"llama3", "gpt-4o"})  # of adapters, say
+    assert list(found)
+    assert found.warnings() == []
 
 
 @pytest.mark.parametrize(

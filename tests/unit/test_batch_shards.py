@@ -14,6 +14,7 @@ from gpuctl.batch.copies import with_copies
 from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Problem, Result, Row, Url
 from gpuctl.batch.shards import LARGEST, Staged, portions, stage
+from gpuctl.specs.batch import BatchSpec
 from gpuctl.specs.engine_args import adapters
 
 
@@ -106,11 +107,29 @@ def answer(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_another_api_s_model_is_the_job_s(tmp_path: Path) -> None:
-    bodies = [{"model": "gpt-4o"}, {"model": "tiny"}, {"model": "sql"}, {}]
+    bodies: list[dict[str, Any]] = [
+        {"model": "gpt-4o"},
+        {"model": "tiny"},
+        {"model": "sql"},
+        {},
+        {"model": []},
+    ]
     asked = [Row(n, str(n), Url.CHAT, dict(body)) for n, body in enumerate(bodies)]
     staged = stage(asked, tmp_path / "job", containers=1, defaults={}, models={"tiny", "sql"})
-    assert [line["body"] for line in lines(staged)[0]] == [{}, {"model": "tiny"}, {"model": "sql"}, {}]
+    assert [line["body"] for line in lines(staged)[0]] == [{}, {"model": "tiny"}, {"model": "sql"}, {}, {}]
     assert asked[0].body == {"model": "gpt-4o"}
+
+
+def test_one_adapter_answers_the_rows_that_name_no_model(tmp_path: Path) -> None:
+    bodies: list[dict[str, Any]] = [{"model": "gpt-4o"}, {"model": "tiny"}, {"model": "sql"}, {}]
+    asked = [Row(n, str(n), Url.CHAT, dict(body)) for n, body in enumerate(bodies)]
+    given = ("--enable-lora", "--lora-modules", "sql=/adapters/sql")
+    spec = BatchSpec.from_options(work="tiny", inputs=["a"], output="o.jsonl", engine_args=given)
+    defaults = spec.defaults("/v1/chat/completions")
+    staged = stage(asked, tmp_path / "job", containers=1, defaults=defaults, models={"tiny", "sql"})
+    assert [line["body"].get("model") for line in lines(staged)[0]] == [None, "tiny", "sql", "sql"]
+    spec = BatchSpec.from_options(work="tiny", inputs=["a"], output="o.jsonl", engine_args=(*given, "b=/b"))
+    assert spec.defaults("/v1/chat/completions") == {}
 
 
 def test_adapters_have_names() -> None:

@@ -1258,6 +1258,7 @@ LIMITS = {
     "VLLM_MAX_AUDIO_DECODE_DURATION_S": "14400",
     "VLLM_MAX_AUDIO_DECODE_BYTES": "4294967296",
 }
+MOST_SAID = 5  # of what is wrong with a request
 MOST_MEDIA = 256  # rows in flight: each may be some ten megabytes of pictures or sound
 
 Handler = Callable[[Any], Awaitable[Any]]
@@ -1698,18 +1699,29 @@ def as_failure(error: Exception) -> Failed:
     if isinstance(error, Unreadable):
         return Failed("unreadable_audio", str(error), retry=False)
     if isinstance(error, pydantic.ValidationError):
-        wrong = [
-            ".".join(map(str, problem["loc"])) + ": " + problem["msg"]
-            for problem in error.errors(include_url=False)
-        ]
-        return Failed("invalid_request", "; ".join(wrong), retry=False)
+        wrong = list(dict.fromkeys(map(said, error.errors(include_url=False))))
+        more = [f"and {len(wrong) - MOST_SAID} more"] if len(wrong) > MOST_SAID else []
+        says = "; ".join([*wrong[:MOST_SAID], *more])
+        return Failed("invalid_request", says, retry=False)
     return refusal(create_error_response(error).error)
+
+
+def said(problem: Any) -> str:
+    """Where it is, less the members of a union that a field might be, and what."""
+    where = [
+        str(part)
+        for part in problem["loc"]
+        if isinstance(part, int) or part.isidentifier()
+    ]
+    return f"{'.'.join(where)}: {problem['msg']}"
 
 
 def refusal(error: Any) -> Failed:
     """vLLM's own words, under one of our codes. Errors of the server may pass."""
     if error.code >= 500:
         return Failed("engine_error", error.message, retry=True)
+    if error.message.startswith("Failed to load image"):
+        return Failed("unreadable_image", error.message, retry=False)
     if "context length" in error.message:
         return Failed("context_length_exceeded", error.message, retry=False)
     code = "model_not_found" if error.code == 404 else "invalid_request"
