@@ -278,6 +278,7 @@ _SECRET = re.compile(
 )
 
 
+_CONFLICT = re.compile(r"Cannot install (?P<what>.+?) because these package versions have conflicting")
 _NO_PACKAGE = re.compile(r"No matching distribution found for (?P<name>\S+)")
 
 
@@ -307,6 +308,11 @@ def deploy_error(text: str, code: int, target: Target, environment: str | None) 
         return GpuctlError(
             f"the image was not built: pip finds no {wanted} for it",
             hint=f"check {flag}; pip's words stand above",
+        )
+    if conflict := _CONFLICT.search(text):
+        return GpuctlError(
+            f"the image was not built: pip cannot install {conflict['what']}: it finds no versions that go together",
+            hint="check --pip and --vllm-version; pip's words stand above",
         )
     return GpuctlError(
         f"modal deploy failed: {_line(text)}" if text else f"modal deploy failed (exit code {code})",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -121,7 +122,19 @@ async def run(
             os.killpg(process.pid, 9)
         raise
     if code != 0:
-        raise ImageBuildError(f"{name or shlex.join(argv)} ended with exit code {code}:\n{tail}")
+        raise ImageBuildError(f"{name or shlex.join(argv)} ended with exit code {code}:\n{_reason(tail)}")
+
+
+# How installers, compilers and Python begin the line that says what went wrong.
+_SAYS_WHY = re.compile(r"\s*(?:E:|(?:\w+\.)*\w*(?:[Ee]rror|ERROR|[Ff]atal|Exception)\b)")
+_MOST_LINES = 12
+
+
+def _reason(tail: str) -> str:
+    """The last lines of what a program said, from the first of an error among them on."""
+    lines = [line.rstrip() for line in tail.splitlines() if line.strip()][-_MOST_LINES:]
+    first = next((n for n, line in enumerate(lines) if _SAYS_WHY.match(line)), 0)
+    return "\n".join(lines[first:])
 
 
 async def copy_output(process: asyncio.subprocess.Process, log: Log) -> str:

