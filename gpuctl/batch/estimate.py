@@ -57,7 +57,8 @@ class Tokens:
             how = f"from the number of letters, because {self.missing}"
             parts = [f"{span(known.low, known.high)} in ({how})"]
         elif known.low == known.high:
-            parts = [f"{short(known.likely)} in (all of the {self.rows:,} rows tokenised)"]
+            every = f"all of the {self.rows:,} rows" if self.rows > 1 else "the only row"
+            parts = [f"{short(known.likely)} in ({every} tokenised)"]
         else:
             sure = f"{CONFIDENCE:.0%} sure"
             how = f"{self.tokenised:,} of {self.rows:,} rows tokenised; {span(known.low, known.high)}, {sure}"

@@ -24,7 +24,7 @@ from gpuctl.batch.parquet import ParquetTable
 from gpuctl.batch.pictures import AsFiles, InLines
 from gpuctl.batch.rows import Url
 from gpuctl.batch.sources import need_pyarrow
-from gpuctl.errors import usage_error
+from gpuctl.errors import GpuctlError, usage_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -179,10 +179,7 @@ def destination(
         return _of_pictures(output, path, form, errors)
     form = form or _by_name(output, path)
     if form is None:
-        raise usage_error(
-            f"-o {output}: no format has the suffix {PurePath(output).suffix!r}",
-            hint=f"{', '.join(_BY_SUFFIX)} have one (also with .gz or .zst behind); or --format: {', '.join(Format)}",
-        )
+        raise _no_format(output)
     if form in (Format.SRT, Format.VTT) and url is not Url.TRANSCRIPTIONS:
         raise usage_error(f"--format {form}: subtitles are made of recordings; this job is for {url}")
     if form in FOLDERS and path is None:
@@ -203,6 +200,19 @@ def _beside(path: Path, form: Format) -> Path:
     if not path.name:  # "." and "/"
         raise usage_error(f"-o {path}: a folder; --format {form} writes one file")
     return path.with_name(f"{_stem(path.name)}.errors.jsonl")
+
+
+def _no_format(output: str) -> GpuctlError:
+    one = suffix_of(output).removeprefix(".")
+    if one in FOLDERS:
+        return usage_error(
+            f"-o {output}: --format {one} writes a file for each row, into a folder",
+            hint=f"-o FOLDER --format {one}; .jsonl, .csv, .tsv or .parquet is one file for all",
+        )
+    return usage_error(
+        f"-o {output}: no format has the suffix {PurePath(output).suffix!r}",
+        hint=f"{', '.join(_BY_SUFFIX)} have one (also with .gz or .zst behind); or --format: {', '.join(Format)}",
+    )
 
 
 def _of_pictures(output: str, path: Path | None, form: Format | None, errors: str | None) -> Destination:

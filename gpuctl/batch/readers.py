@@ -87,12 +87,16 @@ class Reader:
         csv.field_size_limit(_FIELD)
         text = self.source.head.decode(errors="replace").splitlines(keepends=True)
         delimiters = "\t" if self.kind is Kind.TSV else ",;\t"
-        try:
-            headers = {one: _first(csv.reader(text, delimiter=one, strict=True)) for one in delimiters}
-        except csv.Error as error:
-            says = f"{self.source.name}: the line with the names of the columns: {_csv_says(error)}"
-            raise usage_error(says) from None
-        self._delimiter = max(delimiters, key=lambda one: len(headers[one]))
+        headers: dict[str, list[str]] = {}
+        wrong = ""
+        for one in delimiters:
+            try:
+                headers[one] = _first(csv.reader(text, delimiter=one, strict=True))
+            except csv.Error as error:  # behind a name in quotes only the right one may stand
+                wrong = wrong or _csv_says(error)
+        if not headers:
+            raise usage_error(f"{self.source.name}: the line with the names of the columns: {wrong}")
+        self._delimiter = max(headers, key=lambda one: len(headers[one]))
         header = headers[self._delimiter]
         self.columns = tuple(name.strip() or f"column_{number}" for number, name in enumerate(header, 1))
 

@@ -129,6 +129,9 @@ def test_each_url_of_openai_batch(folder: Path, url: Url, body: dict[str, Any]) 
         ("a.jsonl", lines({"text": "one", "n": 1}, {"text": "two", "n": 2}), "JSONL with columns text, n"),
         ("a.csv", "text,n\r\none,1\r\ntwo,2\r\n", "CSV with columns text, n"),
         ("a.csv", "text;n\none;1\n\ntwo;2\n", "CSV with columns text, n"),
+        ("a.csv", '"text","n"\n"one","1"\n"two","2"\n', "CSV with columns text, n"),
+        ("a.csv", '"text";"a, b"\none;1\ntwo;2\n', "CSV with columns text, a, b"),
+        ("a.csv", '"a\nb"\ttext\n1\tone\n2\ttwo\n', "CSV with columns a\nb, text"),
         ("a.tsv", "text\tn\none\t1\ntwo\t2", "TSV with columns text, n"),
         ("a.txt", "\ufeffone\r\n\r\n \ntwo", "text, a row per line"),
         ("data", lines({"text": "one"}, {"text": "two"}), "JSONL with columns text"),  # by content
@@ -590,6 +593,11 @@ def test_a_row_without_a_column_of_the_prompt(folder: Path) -> None:
             {"in.jsonl": lines(chat(1)), "b.jsonl": lines({"a": 1})},
             {},
             ["mixed formats: in.jsonl is Open", "is JSONL"],
+        ),
+        (
+            {"in.jsonl": lines({"text": 1}), "b.csv": '"a"b,c\n1,2\n'},
+            {"kind": Kind.CSV},
+            ["b.csv: the line with the names of the columns: not CSV: a quote that stands"],
         ),
         ({"in.jsonl": lines(chat(1)), "b.csv": "a,b\n"}, {}, ["mixed formats", "b.csv is CSV"]),
         (

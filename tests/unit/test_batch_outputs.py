@@ -289,6 +289,7 @@ def test_the_name_says_the_format(folder: Path, output: str, form: Format, error
     ("output", "options", "says"),
     [
         ("a.xlsx", {}, "-o a.xlsx: no format has the suffix '.xlsx'"),
+        ("a.srt", {}, "-o a.srt: --format srt writes a file for each row"),
         ("there.csv", {}, "-o there.csv: exists"),
         ("none/a.csv", {}, "-o none/a.csv: no folder none"),
         ("full", {}, "-o full: exists"),
