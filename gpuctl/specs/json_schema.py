@@ -53,7 +53,12 @@ def _wrong_in(schema: Any, where: str) -> str | None:
         if not isinstance(found := schema.get(name, []), list):
             return f"{at}{name} is {_shown(found)}, not a list"
         inner += [(f"{at}{name}[{number}]", one) for number, one in enumerate(found)]
-    inner += [(f"{at}{name}", schema[name]) for name in _ONE if name in schema]
+    for name in (name for name in _ONE if name in schema):
+        found = schema[name]
+        many = name == "items" and isinstance(found, list)  # as `prefixItems` until the draft of 2020
+        inner += (
+            [(f"{at}{name}[{n}]", one) for n, one in enumerate(found)] if many else [(f"{at}{name}", found)]
+        )
     return next((wrong for place, one in inner if (wrong := _wrong_in(one, place))), None)
 
 

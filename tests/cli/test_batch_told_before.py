@@ -217,6 +217,7 @@ def test_how_long_a_transcription_may_be_is_said_as_the_engine_calls_it() -> Non
         ('{"properties": {"a": {"items": {"type": ["null", 3]}}}}', "properties.a.items.type is 3"),
         ('{"anyOf": [true, 1]}', "anyOf[1] is 1, not a schema"),
         ('{"required": "a"}', "required is 'a', not a list of names"),
+        ('{"items": [{"type": "string"}, {"type": "int"}]}', "items[1].type is 'int'"),
         ("[]", "holds no JSON Schema"),
         ("[" * 100_000, "nested too deep"),
     ],
