@@ -88,7 +88,7 @@ class Items:
 
     def named(self, kind: str, environment_id: str, name: str) -> Collection | None:
         return self._one(
-            "SELECT * FROM collections WHERE kind = ? AND environment_id = ? AND name = ?",
+            "SELECT * FROM collections WHERE kind = ? AND environment_id = ? AND name = ? AND name <> ''",
             [kind, environment_id, name],
         )
 

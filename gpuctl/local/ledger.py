@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Of an index with a WHERE, SQLite makes use only where the query says the same: `key = ? AND key <> ''`.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS function_calls (
     num INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, key TEXT NOT NULL, app_id TEXT NOT NULL,
@@ -154,7 +155,9 @@ class Ledger:
         A client that got no answer asks again with the same key.
         """
         if key:
-            row = self._db.execute("SELECT id FROM function_calls WHERE key = ?", [key]).fetchone()
+            row = self._db.execute(
+                "SELECT id FROM function_calls WHERE key = ? AND key <> ''", [key]
+            ).fetchone()
             if row is not None:
                 known = self.call(str(row[0]))
                 assert known is not None
@@ -240,7 +243,8 @@ class Ledger:
     def children(self, parent_input_id: str) -> list[CallRow]:
         """The calls that this input made."""
         rows = self._db.execute(
-            "SELECT * FROM function_calls WHERE parent_input_id = ?", [parent_input_id]
+            "SELECT * FROM function_calls WHERE parent_input_id = ? AND parent_input_id <> ''",
+            [parent_input_id],
         ).fetchall()
         return [self._calls.get(row["id"]) or self._load(row) for row in rows]
 

@@ -472,7 +472,9 @@ class Store:
 
     def volume_named(self, environment_id: str, name: str) -> Volume | None:
         return self._one(
-            Volume, "SELECT * FROM volumes WHERE environment_id = ? AND name = ?", [environment_id, name]
+            Volume,
+            "SELECT * FROM volumes WHERE environment_id = ? AND name = ? AND name <> ''",
+            [environment_id, name],
         )
 
     def volumes(self, environment_id: str) -> list[Volume]:
@@ -502,7 +504,9 @@ class Store:
 
     def secret_named(self, environment_id: str, name: str) -> Secret | None:
         return self._one(
-            Secret, "SELECT * FROM secrets WHERE environment_id = ? AND name = ?", [environment_id, name]
+            Secret,
+            "SELECT * FROM secrets WHERE environment_id = ? AND name = ? AND name <> ''",
+            [environment_id, name],
         )
 
     def secrets(self, environment_id: str) -> list[Secret]:
