@@ -120,7 +120,7 @@ class Container:
         path = self._sockets / f"{port}.sock"
         if port not in self._listening:
             self._listening.add(port)
-            self._control.write(f"listen {port} {_in_container(path, self._sockets)}\n".encode())
+            self._tell(f"listen {port} {_in_container(path, self._sockets)}")
         return path
 
     async def wait(self) -> int:
@@ -132,7 +132,7 @@ class Container:
         if not self._exit.done() and grace <= 0:
             self.kill()
         elif not self._exit.done():
-            self._control.write(b"int\n" if interrupt else b"term\n")
+            self._tell("int" if interrupt else "term")
             try:
                 return await asyncio.wait_for(self.wait(), grace)
             except TimeoutError:
@@ -164,12 +164,24 @@ class Container:
         )
 
     def _pass_on(self, descriptors: Sequence[int]) -> None:
+        with self._line() as line:
+            socket.send_fds(line, [f"exec {len(descriptors)}\n".encode()], descriptors)
+
+    def _tell(self, line: str) -> None:
+        """Nobody may be there any more to hear it: then the container has ended, which `wait` says."""
+        with contextlib.suppress(OSError), self._line() as end:
+            end.sendall(f"{line}\n".encode())
+
+    def _line(self) -> socket.socket:
+        """Our end of the line to process 1. Raises OSError when the container has ended.
+
+        Not asyncio's: that cannot pass descriptors, and a line that finds nobody would close it, with what process 1
+        said last, `exit`, still unread.
+        """
         end = self._control.get_extra_info("socket")
         if self._exit.done() or end is None or end.fileno() < 0:
             raise OSError("the container has ended")
-        # asyncio's own end of a socket cannot pass descriptors; the lines before this one are sent by now.
-        with socket.socket(fileno=os.dup(end.fileno())) as copy:
-            socket.send_fds(copy, [f"exec {len(descriptors)}\n".encode()], descriptors)
+        return socket.socket(fileno=os.dup(end.fileno()))
 
 
 def _in_container(path: Path, sockets: Path) -> str:
@@ -268,9 +280,10 @@ class ContainerRuntime:
         folder: Path,
     ) -> None:
         code = -signal.SIGKILL  # when process 1 ends without a word, the tree was killed
-        async for raw in reader:
-            if raw.startswith(b"exit "):
-                code = int(raw.split()[1])
+        with contextlib.suppress(ConnectionError):  # it ended with a line of ours unread
+            async for raw in reader:
+                if raw.startswith(b"exit "):
+                    code = int(raw.split()[1])
         await container._process.wait()
         await asyncio.gather(*output)
         container._control.close()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -389,6 +390,23 @@ def test_a_program_that_ignores_the_request_to_end_is_ended_with_all_its_childre
         await wait_for(lambda: not processes(marker))
 
     asyncio.run(main())
+
+
+def test_a_request_to_end_that_finds_nobody_any_more_takes_the_exit_code_of_nobody(
+    image: BuiltImage, tmp_path: Path
+) -> None:
+    async def main() -> int:
+        folder = tmp_path / "state" / "run"
+        runtime = ContainerRuntime(folder, socket_folder(tmp_path), on_log=lambda *_: None)
+        container = await runtime.start(spec(image, "raise SystemExit(7)", tmp_path))
+        process = Path(f"/proc/{container.pid}")
+        while (
+            process.exists()
+        ):  # the loop stands still meanwhile: it has not heard of the end when it asks for one
+            time.sleep(0.01)
+        return await asyncio.wait_for(container.stop(grace=60), 60)
+
+    assert asyncio.run(main()) == 7
 
 
 def test_a_plane_that_is_killed_leaves_no_process(image: BuiltImage, tmp_path: Path) -> None:
