@@ -50,9 +50,13 @@ def marks(plane: TestPlane, name: str) -> int:
     return len(found[0].read_text()) if found else 0
 
 
-def state(plane: TestPlane, app: str) -> str:
+def listed(plane: TestPlane, app: str) -> dict[str, str]:
     """As `modal app list` shows it."""
-    return next(row["state"] for row in plane.json("app", "list") if row["description"] == app)
+    return next(row for row in plane.json("app", "list") if row["description"] == app)
+
+
+def state(plane: TestPlane, app: str) -> str:
+    return listed(plane, app)["state"]
 
 
 def run_waits(plane: TestPlane, name: str, *options: str, app: str) -> subprocess.Popen[bytes]:
@@ -131,7 +135,7 @@ def test_a_detached_run_survives_the_death_of_its_client(plane: TestPlane) -> No
     (began,) = plane.state_dir.glob(f"volumes/*/{name}-began")
     began.with_name(f"{name}-go").touch()
     eventually(lambda: marks(plane, f"{name}-ended"), seconds=60)
-    plane.modal("app", "stop", "orphan", "--yes")
+    plane.modal("app", "stop", listed(plane, "orphan")["app_id"], "--yes")  # a run has no name to be found by
 
 
 def test_an_interrupted_run_ends_its_containers(plane: TestPlane) -> None:
