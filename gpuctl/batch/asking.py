@@ -207,6 +207,8 @@ class Asking:
         if found is None:
             wanted = " or ".join(repr(name) for name in names)
             example = f"--prompt 'Summarise: {{{next(iter(self.columns), 'text')}}}' makes a request of a row"
+            if self.url is Url.CHAT and OWN_COLUMNS[Url.EMBEDDINGS][0] in self.columns:
+                example += "; column 'input' is one for embeddings: --task embeddings"
             raise usage_error(
                 f"{self._where()}: no column {wanted}; the columns are {listed(self.columns)}",
                 hint="paths of the recordings stand in a column called 'file'" if transcribed else example,

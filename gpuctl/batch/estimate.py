@@ -69,7 +69,10 @@ class Tokens:
         elif self.out_high is None:
             parts.append(f"at least {short(self.out_low)} out")
         if self.not_counted:
-            what = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.not_counted.items()))
+            what = ", ".join(
+                f"{count:,} {kind if count > 1 else kind.removesuffix('s')}"
+                for kind, count in sorted(self.not_counted.items())
+            )
             parts.append(f"{what} not counted")
         return "tokens: " + ", ".join(parts)
 

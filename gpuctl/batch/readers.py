@@ -145,7 +145,8 @@ class Reader:
             elif len(fields) != width:
                 last = taken[-1][0]
                 lines_of_it = f" (a quote joins lines {where} to {last})" if last > where else ""
-                says = f"{len(fields)} fields, where the first line names {width} columns{lines_of_it}"
+                has = f"{len(fields)} field{'s' * (len(fields) != 1)}"
+                says = f"{has}, where the first line names {width} column{'s' * (width != 1)}{lines_of_it}"
                 yield where, None, Problem("invalid_row", says)
             else:
                 yield where, dict(zip(self.columns, fields, strict=True)), None

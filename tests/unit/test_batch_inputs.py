@@ -417,12 +417,12 @@ def test_another_model_is_counted(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "problems", "good"),
     [
-        ("x,1\ny\nz,3\n", [(3, "1 fields, where the first line names 2 columns")], ["x", "z"]),
+        ("x,1\ny\nz,3\n", [(3, "1 field, where the first line names 2 columns")], ["x", "z"]),
         ("x,1,2\nz,3\n", [(2, "3 fields")], ["z"]),
-        ('"a\nb",1\nz\n', [(4, "1 fields")], ["a\nb"]),
+        ('"a\nb",1\nz\n', [(4, "1 field")], ["a\nb"]),
         (
             '"a\nb"\nz,3\n',
-            [(2, "1 fields, where the first line names 2 columns (a quote joins lines 2 to 3)")],
+            [(2, "1 field, where the first line names 2 columns (a quote joins lines 2 to 3)")],
             ["z"],
         ),
         ('"stray,1\nx,2\n"quoted",3\n', [(2, "not CSV")], ["x", "quoted"]),
@@ -546,6 +546,7 @@ def test_a_row_without_a_column_of_the_prompt(folder: Path) -> None:
             ["none of the first 2 lines is a JSON object; line 1 is 'hello'"],
         ),
         ({"in.jsonl": lines({"a": 1})}, {}, ["no column 'messages' or 'prompt'; the columns are a", "{a}"]),
+        ({"in.jsonl": lines({"input": "x"})}, {}, ["the columns are input", "--task embeddings"]),
         (
             {"in.jsonl": lines({"text": 1})},
             {"prompt": "{txt}"},
