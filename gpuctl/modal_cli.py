@@ -257,7 +257,7 @@ class ProcessRunner:
         errors.start()
         try:
             if on_output is not None:
-                _pump(child.stdout, on_output)
+                _pump(child.stdout, lambda line: _unboxed(line, on_output))
             errors.join()
             return child.wait()
         except BaseException:
@@ -327,6 +327,15 @@ def _pump(stream: IO[str] | None, on_line: Callable[[str], None]) -> None:
     assert stream is not None
     for line in stream:
         on_line(line.rstrip("\n"))
+
+
+def _unboxed(line: str, on_line: Callable[[str], None]) -> None:
+    """Hand on a line of one of the client's boxes, which are as wide as `_PIPE_COLUMNS`, without the frame."""
+    if line.startswith(("╭", "│", "╰")) and line.endswith(("╮", "│", "╯")):
+        line = line.strip("╭╮╰╯│─ ")
+        if not line:
+            return
+    on_line(line)
 
 
 def _end(child: subprocess.Popen[Any]) -> None:

@@ -159,23 +159,25 @@ class Progress:
                 parts.append(f"{pace.tokens_in:,.0f} tok/s in, {pace.tokens_out:,.0f} out")
             if pace.left and pace.seconds_left is not None:
                 parts.append(f"{pace.left:,} rows left: {duration(pace.seconds_left)}")
-        if waits := _waits_for(status, ended):
+        if waits := waits_for(status, ended):
             parts.append(waits)
         if status["usd"] is not None:
             parts.append(f"${status['usd']:.2f}")
         return ", ".join(parts)
 
 
-def _waits_for(status: Mapping[str, Any], ended: int) -> str:
+def waits_for(status: Mapping[str, Any], ended: int) -> str:
     """Who is at work, or what nobody can go on without."""
     up, loading = status["containers"], status.get("containers_loading") or 0
     if status["state"] != RUNNING:
         return counted(up, "container") if up else ""
-    if ended == status["rows"]:
+    again = status.get("retrying") or 0
+    if ended == status["rows"] and not again:
         return "collecting the answers"
+    tried = f"{again:,} tried again, " if again else ""
     if not up:
-        return "waiting for a container"
-    containers = counted(up, "container")
+        return f"{tried}waiting for a container"
+    containers = tried + counted(up, "container")
     if loading == up:
         return f"{containers}, loading"
     return f"{containers}, {loading} of them loading" if loading else containers

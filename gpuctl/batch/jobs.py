@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gpuctl.target import Target
 
 FILE_NAME = "job.py"
+_RUN = "run.json"  # the last that was started from here
 _END = "end.json"
 SCHEMA = 1
 
@@ -99,6 +100,17 @@ def get(target: Target, environment: str, name: str) -> Job | None:
         text = (folder_of(target, environment, name) / "job.json").read_text(encoding="utf-8")
         return Job.from_document(json.loads(text))
     return None
+
+
+def save_start(target: Target, environment: str, name: str, run: str) -> None:
+    """Keep that a driver works on a job; what cannot be kept is not."""
+    with contextlib.suppress(OSError):
+        write_private(folder_of(target, environment, name) / _RUN, json.dumps({"run": run}))
+
+
+def was_started(target: Target, environment: str, name: str) -> bool:
+    """Whether this machine started a job, of those that it knows."""
+    return (folder_of(target, environment, name) / _RUN).exists()
 
 
 def save_end(target: Target, environment: str, name: str, status: Mapping[str, Any]) -> None:

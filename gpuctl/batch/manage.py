@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuctl.batch import jobs, schedules
-from gpuctl.batch.follow import RUNNING, alive, counted, duration
+from gpuctl.batch.follow import RUNNING, alive, counted, duration, waits_for
 from gpuctl.batch.remote import Remote
 from gpuctl.batch.render import render_batch
 from gpuctl.batch.rows import Url
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from gpuctl.modal_cli import Runner
 
 _NAMED = 10  # jobs that an error names
+_NOTHING: dict[str, Any] = {  # what a job has done that has not begun
+    "run": None, "problem": None, "time": None, "began": None, "ended_before": 0, "retrying": 0, "done": 0,
+    "failed": 0, "tokens_in": 0, "tokens_out": 0, "shards_ended": 0, "containers": 0, "containers_loading": 0,
+    "containers_started": 0, "container_seconds": 0.0, "working_seconds": 0.0, "busy_seconds": 0.0, "busy_rows": 0,
+    "usd": None, "max_usd": None,
+}  # fmt: skip
 
 
 def remote_of(
@@ -118,10 +124,13 @@ class Standing:
         kept = {} if self.status is None else {k: v for k, v in self.status.items() if k != "containers_up"}
         return {
             "job": self.name,
+            **_NOTHING,
+            "shards": self.job.shards if self.job else None,
             **kept,
             "state": self.state,
             "work": self.job.work if self.job else None,
             "rows": self.rows,
+            "copies": self.job.copies if self.job else None,
             "inputs": list(self.job.inputs) if self.job else None,
             "output": self.job.output if self.job else None,
             "created_at": self.job.created_at if self.job else None,
@@ -142,12 +151,19 @@ class Standing:
             self.state,
             f"{status['done']:,}",
             f"{status['failed']:,}",
-            "" if self.rows is None else f"{self.rows:,}",
+            self._rows_said(),
             self.job.work if self.job else "",
             "" if status["usd"] is None else f"${status['usd']:.2f}",
             age(self.job.created_at) if self.job else "",
             *schedules.cells(self.job, self.status),
         )
+
+    def _rows_said(self) -> str:
+        """Those that are asked, and those that are answered with them."""
+        if self.rows is None:
+            return ""
+        copies = self.job.copies if self.job else 0
+        return f"{self.rows - copies:,} (+{copies:,})" if copies else f"{self.rows:,}"
 
     def lines(self) -> Iterator[str]:
         """For a person."""
@@ -157,11 +173,13 @@ class Standing:
         status = self.status
         if status is None:
             return
-        yield f"  {status['done']:,} rows answered, {status['failed']:,} failed, of {status['rows']:,}"
+        copies = self.job.copies if self.job else 0
+        same = f"; {copies:,} more ask for what others ask for" if copies else ""
+        yield f"  {status['done']:,} rows answered, {status['failed']:,} failed, of {status['rows']:,}{same}"
         if status["tokens_in"]:
             yield f"  {status['tokens_in']:,} tokens in, {status['tokens_out']:,} out"
         spent = "" if status["usd"] is None else f", ${status['usd']:.2f}"
-        up = f"; {status['containers']} up" if self.state == RUNNING else ""
+        up = f"; now {waits_for(status, status['done'] + status['failed'])}" if self.state == RUNNING else ""
         yield f"  {duration(status['container_seconds'])} of containers{spent}{up}"
         if self.state == RUNNING:
             yield from self._pace(status)
@@ -176,6 +194,20 @@ class Standing:
             rate = now / seconds
             left = status["rows"] - ended
             yield f"  {left:,} rows left: {duration(left / rate)} at {rate:,.2g} rows/s, as fast as so far"
+
+
+def check_started(remote: Remote, job: Job) -> None:
+    """Refuse to wait for a job of which this machine knows that nothing works on it."""
+    target, environment = remote.env.target, environment_name(remote.env.target, remote.environment)
+    here = jobs.get(target, environment, job.name) is not None
+    if (
+        here
+        and not jobs.was_started(target, environment, job.name)
+        and remote.read_json("status.json") is None
+    ):
+        raise GpuctlError(
+            f"job {job.name} was not started yet", hint=f"`{remote.command('resume')}` starts it"
+        )
 
 
 def status_of(remote: Remote) -> Standing:

@@ -25,7 +25,7 @@ from gpuctl.batch.cloud import CODE, PLAN, TRAVELS
 from gpuctl.batch.jobs import Job
 from gpuctl.batch.render import render_batch
 from gpuctl.batch.rows import Url
-from gpuctl.batch.run import Prepared, Summary, asked, ended_in_run, go_on, staging
+from gpuctl.batch.run import Prepared, Summary, asked, ended_in_run, go_on, staging, started
 from gpuctl.batch.shards import Staged
 from gpuctl.cost import usd
 from gpuctl.errors import GpuctlError, usage_error
@@ -199,7 +199,7 @@ def start(
                     remote.delete()
                 raise GpuctlError("not started")
         file = _deploy(remote, spec, environment, what)
-        return remote, remote.start(file)
+        return remote, started(remote, file)
     before = Job.from_document(there)
     if before is None:
         raise usage_error(f"--name: what is there as job {job.name!r} is none of this gpuctl's")

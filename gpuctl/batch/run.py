@@ -35,7 +35,7 @@ from gpuctl.batch.render import render_batch
 from gpuctl.batch.results import read_results
 from gpuctl.batch.rows import Url
 from gpuctl.batch.shards import Staged, portions, stage
-from gpuctl.batch.stamps import before_the_change, changed, save_inputs, stamps
+from gpuctl.batch.stamps import before_the_change, changed, changed_inputs, save_inputs, stamps
 from gpuctl.batch.written import remember, writer, wrote
 from gpuctl.cost import usd
 from gpuctl.errors import EXIT_FAILURE, EXIT_USAGE, GpuctlError, usage_error
@@ -86,6 +86,7 @@ class Summary:
     status: Mapping[str, Any]
     in_run: int  # rows that ended in the last run
     commonest: list[tuple[str, int]] = field(default_factory=list)
+    again: str | None = None  # the command that tries again what failed
 
     def document(self) -> dict[str, Any]:
         kept = ("rows", "done", "failed", "tokens_in", "tokens_out", "container_seconds", "usd", "problem")
@@ -130,17 +131,19 @@ def read_input(spec: BatchSpec, found: Found | None = None) -> tuple[Input, Dest
     return rows, where
 
 
-def check_output(spec: BatchSpec, where: Destination, job: Job | None = None) -> None:
-    """Refuse an output that would fail, or replace what is not this job's. `job`: None: which it is, is not known yet,
+def check_output(spec: BatchSpec, where: Destination, what: Prepared | None = None) -> None:
+    """Refuse an output that would fail, or replace what is not this job's. `what`: None: which it is, is not known yet,
     and answers of any job may turn out to be its own."""
     environment = environment_name(spec.target, spec.environment)
-    if job is None:
+    if what is None:
         where.check(overwrite=spec.overwrite or writer(spec.target, environment, where) is not None)
         return
-    own = spec.overwrite or wrote(spec.target, environment, job.name, where)
+    own = spec.overwrite or wrote(spec.target, environment, what.job.name, where)
     if not own and (other := writer(spec.target, environment, where)):
+        before = before_the_change(spec.target, environment, what.job, what.inputs)
+        since = f": {', '.join(before[1])} changed since" if before and before[0].name == other else ""
         raise usage_error(
-            f"-o {where.path}: exists, with the answers of another job, {other}",
+            f"-o {where.path}: exists, with the answers of another job, {other}{since}",
             hint="--overwrite replaces it, or name another",
         )
     where.check(overwrite=own)
@@ -379,7 +382,7 @@ def start(
         )
         raise
     console.done(f"uploaded and deployed: {name}")
-    return remote, remote.start(file)
+    return remote, started(remote, file)
 
 
 def _agreed(decided: Decided, name: str, environment: str, estimate: Estimate, console: Console) -> bool:
@@ -434,8 +437,10 @@ def go_on(
     if job is None:
         raise usage_error(f"--name: what is there as job {remote.job!r} is none of this gpuctl's")
     if job.digest != what.job.digest:
+        files = changed_inputs(spec.target, environment, job.name)
+        since = f": {', '.join(files)} changed since it was read" if files else ""
         raise usage_error(
-            f"--name: there is a job {job.name!r} of other rows ({job.rows:,}, made {job.created_at})",
+            f"--name: there is a job {job.name!r} of other rows ({job.rows:,}, made {job.created_at}){since}",
             hint=f"another --name, or `{remote.command('rm')}`",
         )
     file = jobs.save(spec.target, environment, what.job, what.source)
@@ -486,7 +491,15 @@ def resume(remote: Remote, file: Path, *, retry_failed: bool = False) -> str:
     """Deploy and start again: what has ended stays as it is, with `retry_failed` but for the errors."""
     remote.deploy(file)
     remote.remove("control/stop")
-    return remote.start(file, retry_failed=retry_failed)
+    return started(remote, file, retry_failed=retry_failed)
+
+
+def started(remote: Remote, file: Path, *, retry_failed: bool = False) -> str:
+    """Start the driver, and keep that it was; the run that it is."""
+    run = remote.start(file, retry_failed=retry_failed)
+    target = remote.env.target
+    jobs.save_start(target, environment_name(target, remote.environment), remote.job, run)
+    return run
 
 
 def finish(
@@ -581,6 +594,8 @@ def fetch(
         status={**status, "rows": job.rows, "done": output.answered, "failed": output.failed},
         in_run=ended_in_run(status),
         commonest=errors.commonest(_COMMONEST),
+        # Bad rows stay so.
+        again=f"{remote.command('resume')} --retry-failed" if output.failed > job.bad and not home else None,
     )
 
 
@@ -625,3 +640,5 @@ def _tell_errors(summary: Summary, console: Console) -> None:
         console.warn(f"{rows} no answer: {summary.errors_file} says why of each")
         for text, count in summary.commonest:
             console.say(f"  {count:,} x {' '.join(text.split())[:200]}")
+        if summary.again is not None and summary.state == "done":
+            console.say(f"  `{summary.again}` tries again those that may have one")

@@ -98,6 +98,10 @@ def complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
         return []
 
 
+Events = Annotated[
+    bool,
+    typer.Option("--events", help="Print how far it is on stdout, as a line of JSON every two seconds."),
+]
 Output = Annotated[
     str | None,
     typer.Option(
@@ -286,10 +290,7 @@ def run(
     detach: Annotated[
         bool, typer.Option("--detach", help="Return when the job runs; `gpuctl batch wait` follows it.")
     ] = False,
-    events: Annotated[
-        bool,
-        typer.Option("--events", help="Print how far it is on stdout, as a line of JSON every two seconds."),
-    ] = False,
+    events: Events = False,
     yes: Yes = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -353,7 +354,7 @@ def run(
         ready = prepared(decided, rows, where, argv=argv, console=console)
     with ready as what:
         if where is not None and not (offline or spec.remote_output):
-            check_output(spec, where, what.job)
+            check_output(spec, where, what)
         before = before_of(decided, what, online=not offline, console=console)
         if render:
             write_source(render, what.source)
@@ -472,6 +473,13 @@ def _decided(
     else:
         prices = rates(spec.target, runner=runner, console=console)
     return decide(spec, found, prices, argv=with_target(argv, spec.target), pictures=pictures)
+
+
+def _check_events(events: bool, *, json: bool, output: str | None) -> None:
+    if events and json:
+        raise usage_error("--json: tells how the job ended; it does not go with --events")
+    if events and output == "-":
+        raise usage_error("--events: does not go with -o -: the answers would be among what it prints")
 
 
 def _print_event(status: Any) -> None:
@@ -603,6 +611,7 @@ def wait(
     job: JobName,
     output: Output = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    events: Events = False,
     local: Local = False,
     env: Environment = None,
     json: Json = False,
@@ -610,11 +619,12 @@ def wait(
     verbose: Verbose = False,
 ) -> None:
     """Follow a job until it ends, and fetch its answers."""
-    from gpuctl.batch.manage import check_output_name, job_of, with_output
+    from gpuctl.batch.manage import check_output_name, check_started, job_of, with_output
     from gpuctl.batch.run import finish, tell
     from gpuctl.cli.console import Console
 
     check_output_name(output)
+    _check_events(events, json=json, output=output)
     console = Console(quiet=quiet, verbose=verbose, json=json)
     remote = _remote(ctx, job, local, env, console)
     found = job_of(remote)
@@ -623,7 +633,10 @@ def wait(
             f"JOB: {found.name!r} runs again and again, and has no end to wait for",
             hint=f"`{remote.command('status')}` shows its runs, `{remote.command('fetch')}` gets the answers of one",
         )
-    summary = finish(remote, with_output(remote, found, output, overwrite=overwrite), None, console=console)
+    found = with_output(remote, found, output, overwrite=overwrite)
+    _check_events(events, json=json, output=found.output)
+    check_started(remote, found)
+    summary = finish(remote, found, None, console=console, on_event=_print_event if events else None)
     if json:
         console.print_document(summary.document())
     else:
@@ -713,6 +726,7 @@ def resume(
     ] = None,
     retries: Annotated[str | None, number("Another number of further tries.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the job runs.")] = False,
+    events: Events = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
     output: Output = None,
     yes: Yes = False,
@@ -732,6 +746,9 @@ def resume(
     from gpuctl.specs.batch import check_changes
 
     check_output_name(output)
+    _check_events(events, json=json, output=output)
+    if events and detach:
+        raise usage_error("--events: follows a job; it does not go with --detach")
     given = {
         option: value
         for option, value in (
@@ -750,7 +767,8 @@ def resume(
     if found.schedule is not None:
         from gpuctl.batch import schedules
 
-        others = [*(["retry_failed"] if retry_failed else []), *given, *(["output"] if output else [])]
+        others = [name for name, is_given in (("retry_failed", retry_failed), ("events", events)) if is_given]
+        others += [*given, *(["output"] if output else [])]
         if others:
             raise usage_error(
                 f"--{others[0].replace('_', '-')}: {found.name!r} is scheduled; the command that deployed it "
@@ -761,6 +779,7 @@ def resume(
         return
     if not detach:
         found = with_output(remote, found, output, overwrite=overwrite)
+        _check_events(events, json=json, output=found.output)
     decided = None
     if given:
         # What an earlier `resume` changed stays as that has it.
@@ -772,7 +791,14 @@ def resume(
     if detach:
         _tell_detached(remote, found, console, runs=started is not None)
         return
-    summary = finish(remote, found, started, console=console, follows=started is not None)
+    summary = finish(
+        remote,
+        found,
+        started,
+        console=console,
+        on_event=_print_event if events else None,
+        follows=started is not None,
+    )
     if json:
         console.print_document(summary.document())
     else:

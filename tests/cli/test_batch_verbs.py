@@ -63,6 +63,9 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, runner: FakeRunner 
         (("wait", "J", "-o", "s3://bucket/x"), "--output: 's3://bucket/x' is in the cloud"),
         (("fetch", "J", "-o", ""), "--output: '' names no file"),
         (("fetch", "J", "-o", "-", "--json"), "--json: does not go with answers on stdout"),
+        (("wait", "J", "--events", "--json"), "--json: tells how the job ended"),
+        (("wait", "J", "--events", "-o", "-"), "--events: does not go with -o -"),
+        (("resume", "J", "--events", "--detach"), "--events: follows a job"),
         (("status", "a/b"), "JOB: 'a/b' is no name of a job"),
         (("rm", ""), "JOB: '' is no name of a job"),
         (("cancel", "x" * 52), "is no name of a job"),
@@ -179,3 +182,39 @@ def test_logs_are_what_a_person_wants_to_read(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "line 3\nline 4\nbye\n"
     assert main(["batch", "logs", "rows-1"], runner=runner) == 0
     assert capsys.readouterr().out.splitlines() == [*(f"line {n}" for n in range(5)), "bye"]
+
+
+# -- a job that nothing works on
+
+
+class Volume(FakeRunner):
+    """With one job in it, that has no status yet."""
+
+    def run(self, argv: Any, env: Any, *, timeout: float | None = None) -> Completed:
+        if argv[-2].endswith("job.json") or "job.json" in argv:
+            self.calls.append(list(argv))
+            Path(argv[-1]).write_text(json.dumps(Job(**FORMER).document()))
+            return Completed(0, "", "")
+        return super().run(argv, env, timeout=timeout)
+
+
+def test_nobody_waits_for_a_job_that_was_not_started(capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.save(Target.MODAL, "main", Job(**FORMER), "")
+    assert main(["batch", "wait", "rows-1"], runner=Volume(VOLUMES)) == 1
+    err = capsys.readouterr().err
+    assert "job rows-1 was not started yet" in err
+    assert "gpuctl batch resume rows-1" in err
+
+
+def test_the_status_of_a_job_that_has_not_begun_has_all_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", "status", "rows-1", "--json"], runner=Volume(VOLUMES)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["rows"], told["done"], told["failed"], told["shards"]) == (
+        "uploaded",
+        600,
+        0,
+        0,
+        8,
+    )
+    assert told["containers"] == told["retrying"] == 0
+    assert told["usd"] is None

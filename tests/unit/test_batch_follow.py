@@ -34,6 +34,8 @@ def said(**status: Any) -> str:
         # Whether or not a container was heard of lately: none is waited for any more.
         ({"done": 9, "failed": 1}, "1 failed, collecting the answers"),
         ({"done": 10, "containers": 2}, "collecting the answers"),
+        ({"done": 9, "failed": 1, "retrying": 1, "containers": 1}, "1 failed, 1 tried again, 1 container"),
+        ({"done": 8, "failed": 2, "retrying": 2}, "2 failed, 2 tried again, waiting for a container"),
         ({"done": 10, "state": "done"}, ""),
         ({"state": "failed"}, ""),
         # Of a job that an earlier gpuctl rendered.

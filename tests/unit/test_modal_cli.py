@@ -158,3 +158,13 @@ def test_a_child_that_takes_too_long_is_ended() -> None:
     argv = [PYTHON, "-c", "import time; time.sleep(60)"]
     done = ProcessRunner().run(argv, ENV, timeout=0.2)
     assert (done.returncode, done.stderr) == (TIMED_OUT, "no answer within 0.2 s")
+
+
+def test_a_box_of_the_client_is_shown_without_its_frame() -> None:
+    lines: list[str] = []
+    box = ["╭─ Modal Warning ───╮", "│ no GPU here       │", "╰───────────────────╯", "├── ✓ Created", "│"]
+    program = "import sys; sys.stdout.reconfigure(encoding='utf-8'); print(sys.argv[1])"
+    argv = [sys.executable, "-c", program, "\n".join(box)]
+    env = ModalEnv(Target.MODAL, dict(os.environ))
+    assert ProcessRunner().stream(argv, env, on_output=lines.append, on_error=lines.append) == 0
+    assert lines == ["Modal Warning", "no GPU here", "├── ✓ Created"]

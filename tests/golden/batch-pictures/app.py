@@ -1491,6 +1491,11 @@ class Driver:
         retried = ended.get("run") == self.run
         return self.retry_failed and ended["failed"] > 0 and not retried
 
+    def retrying(self) -> int:
+        """Rows that ended with an error, and are tried again."""
+        ended = self.ledger.ended
+        return sum(ended[shard]["failed"] for shard in ended if self.is_to_do(shard))
+
     def all_ended(self) -> bool:
         return not any(map(self.is_to_do, range(self.ledger.shards)))
 
@@ -1645,6 +1650,7 @@ class Driver:
             "time": round(time.time(), 3),
             "began": round(self.run_began, 3),
             "ended_before": self.ended_before,
+            "retrying": self.retrying(),
             **self.ledger.figures(),
         }
 
