@@ -195,13 +195,13 @@ class Functions:
                 f"'{data.function_name}' is served by @modal.experimental.http_server, which the local control "
                 "plane does not have; @app.server it does"
             )
-        if first.cloud_bucket_mounts or first.shared_volume_mounts:
-            raise unimplemented(
-                "Cloud bucket mounts and network file systems do not exist in the local control plane"
-            )
+        _refuse_mounts(data.function_name, first)
         schedules.check(data)
         if data._experimental_group_size > 1:
-            raise unimplemented("Clustered functions do not exist in the local control plane")
+            raise unimplemented(
+                f"'{data.function_name}' is clustered (modal.clustered): Clustered functions do not exist in the local "
+                "control plane"
+            )
         row = self._row_for(request.app_id, data.function_name, request.existing_function_id)
         for ranked in data.ranked_functions:
             # The client sends a set, in another order each time.
@@ -281,8 +281,7 @@ class Functions:
     @rpc("FunctionBindParams", differs="only the deployed version can be bound")
     async def bind(self, request: Any, _call: Call) -> Any:
         base = self.row(request.function_id)
-        if request.function_options.cloud_bucket_mounts:
-            raise unimplemented("Cloud bucket mounts do not exist in the local control plane")
+        _refuse_mounts(base.name, request.function_options)
         variant = self.variants.add(base.id, request.serialized_params, request.function_options)
         if self._store.function(variant.id) is None:
             name = self.row(variant.base_id).name
@@ -389,8 +388,24 @@ def _as_data(request: Any) -> Any:
 
 
 def _refuse_web(name: str, configs: Iterable[Any], methods: Any) -> None:
-    if any(config.type for config in [*configs, *(method.webhook_config for method in methods.values())]):
+    found = [name] if any(config.type for config in configs) else []
+    found += [name.removesuffix("*") + key for key, method in methods.items() if method.webhook_config.type]
+    if found:
         raise unimplemented(
-            f"'{name}' is a web function (@modal.fastapi_endpoint, asgi_app, wsgi_app or web_server), which the local "
-            "control plane does not serve yet; @app.server it does"
+            f"'{min(found)}' is a web function (@modal.fastapi_endpoint, asgi_app, wsgi_app or web_server), which the "
+            "local control plane does not serve yet; @app.server it does"
+        )
+
+
+def _refuse_mounts(name: str, options: Any) -> None:
+    """`options` is an api_pb2.Function, or what a class is to run with instead."""
+    for mount in options.cloud_bucket_mounts:
+        raise unimplemented(
+            f"'{name}' mounts the bucket '{mount.bucket_name}' at {mount.mount_path}: Cloud bucket mounts do not exist "
+            "in the local control plane; modal.Volume does"
+        )
+    for shared in getattr(options, "shared_volume_mounts", ()):
+        raise unimplemented(
+            f"'{name}' mounts a network file system at {shared.mount_path}: modal.NetworkFileSystem does not exist in "
+            "the local control plane; modal.Volume does"
         )

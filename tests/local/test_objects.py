@@ -243,6 +243,21 @@ def test_history_tags_and_what_is_refused(plane: TestPlane) -> None:
     assert states["t-web"] == states["t-nosecret"] == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("web method", "'Site.answers' is a web function"),
+        ("bucket", "'reads' mounts the bucket 'some-bucket' at /data: Cloud bucket mounts do not exist"),
+        ("cluster", "'trains' is clustered (modal.clustered): Clustered functions do not exist"),
+    ],
+)
+def test_what_is_refused_is_named_with_who_wants_it(plane: TestPlane, what: str, words: str) -> None:
+    done = plane.modal("deploy", "refused.py", check=False, T_WHAT=what)
+    assert done.returncode == 1
+    assert words in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stderr
+
+
 def test_what_differs_is_said_when_deploying(plane: TestPlane) -> None:
     done = plane.modal("deploy", "differs.py")
     said = " ".join((done.stdout + done.stderr).split())
