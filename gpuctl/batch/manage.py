@@ -342,8 +342,6 @@ def resume_job(
     """Go on with a job; the run to follow, None where there is nothing left to do. `decided`: on what else."""
     status = remote.read_json("status.json")
     state = Standing(job.name, job, status).state
-    if status is not None and state != RUNNING:
-        check_cap(remote, status, status.get("max_usd") if decided is None else decided.spec.max_cost)
     again = retry_failed and status is not None and status["failed"]
     if state == "done" and not again:
         remote.console.note(f"job {job.name} is done: there is nothing to go on with")
@@ -351,6 +349,8 @@ def resume_job(
     if state == RUNNING and status is not None:
         remote.console.note(f"job {job.name} runs already")
         return str(status["run"])
+    if status is not None:
+        check_cap(remote, status, status.get("max_usd") if decided is None else decided.spec.max_cost)
     environment = environment_name(remote.env.target, remote.environment)
     for name in changed_inputs(remote.env.target, environment, job.name):
         remote.console.warn(

@@ -474,17 +474,21 @@ def go_on(
 def check_cap(remote: Remote, status: Mapping[str, Any], cap: Decimal | float | None) -> None:
     """Refuse to go on with a job that would stop at once."""
     spent = status["usd"]
-    if cap is None or spent is None or spent < cap or status["state"] == "done":
+    if cap is None or spent is None or spent < cap:
         return
     raise usage_error(
         f"--max-cost: {usd(Decimal(str(spent)))} are spent already, and the cap is {usd(Decimal(str(cap)))}: nothing "
         "more could be answered",
-        hint=f"`{_with_more(remote, cap)}` goes on, up to a higher cap",
+        hint=f"`{_with_more(remote, cap, spent)}` goes on, up to a higher cap",
     )
 
 
-def _with_more(remote: Remote, cap: Any) -> str:
-    return f"{remote.command('resume')} --max-cost {2 * Decimal(str(cap)):f}"
+def _with_more(remote: Remote, cap: Any, spent: float) -> str:
+    """The command that goes on with a cap that leaves something to spend."""
+    more = Decimal(str(cap))
+    while more <= Decimal(str(spent)):
+        more *= 2
+    return f"{remote.command('resume')} --max-cost {more:f}"
 
 
 def resume(remote: Remote, file: Path, *, retry_failed: bool = False) -> str:
@@ -545,7 +549,7 @@ def finish(
     if status["state"] == "stopped":
         cap, spent = status.get("max_usd"), status["usd"]
         capped = cap is not None and spent is not None and spent >= cap
-        goes_on = _with_more(remote, cap) if capped else remote.command("resume")
+        goes_on = _with_more(remote, cap, spent) if capped else remote.command("resume")
         raise GpuctlError(
             f"job {job.name} was stopped: {status['problem']}; "
             f"{status['done'] + status['failed']:,} of {status['rows']:,} rows are done, and kept",

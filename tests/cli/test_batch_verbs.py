@@ -218,3 +218,27 @@ def test_the_status_of_a_job_that_has_not_begun_has_all_counts(capsys: pytest.Ca
     )
     assert told["containers"] == told["retrying"] == 0
     assert told["usd"] is None
+
+
+def test_a_cap_that_is_spent_starts_nothing_and_the_hint_leaves_something_to_spend(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where the job is done, and only what failed would be tried again."""
+    status = {
+        "run": "1", "state": "done", "problem": None, "time": 0.0, "began": 0.0, "done": 590, "failed": 10,
+        "usd": 0.021, "max_usd": 0.01,
+    }  # fmt: skip
+
+    class Spent(Volume):
+        def run(self, argv: Any, env: Any, *, timeout: float | None = None) -> Completed:
+            if "status.json" in argv:
+                Path(argv[-1]).write_text(json.dumps(status))
+                return Completed(0, "", "")
+            return super().run(argv, env, timeout=timeout)
+
+    jobs.save(Target.MODAL, "main", Job(**FORMER), "")
+    for state, more in (("done", ("--retry-failed",)), ("stopped", ())):
+        status["state"] = state
+        err = refused(capsys, "resume", "rows-1", "--yes", *more, runner=Spent(VOLUMES))
+        assert "--max-cost: $0.02 are spent already, and the cap is $0.01" in err
+        assert "gpuctl batch resume rows-1 --max-cost 0.04` goes on" in err
