@@ -309,7 +309,9 @@ def test_down_ends_a_plane_that_is_still_starting(new_plane: TestPlane) -> None:
         str(new_plane.state_dir),
     ]
     subprocess.run([*command, "--cache-dir", str(new_plane.state_dir.parent / "cache")], check=True)
-    eventually(lambda: (new_plane.state_dir / "lock").exists(), every=0.001)
+    lock = new_plane.state_dir / "lock"
+    # Its pid is in the file once it holds that: before that there is nothing to end.
+    eventually(lambda: lock.exists() and lock.read_text() != "", every=0.001)
     new_plane.down()
     assert client.running(new_plane.state_dir) is None
     new_plane.up()
