@@ -84,7 +84,7 @@ def _meant(name: str, names: list[str]) -> str:
 def _elsewhere(remote: Remote) -> str | None:
     """That this machine has a job of that name, only not where it was looked for."""
     target = remote.env.target
-    found = jobs.elsewhere(remote.job, target, environment_name(target, remote.environment))
+    found = jobs.elsewhere(remote.job, *remote.place)
     for other, environment in found:
         where = "on the control plane of this machine" if other is Target.LOCAL else "on Modal"
         how = []
@@ -198,13 +198,8 @@ class Standing:
 
 def check_started(remote: Remote, job: Job) -> None:
     """Refuse to wait for a job of which this machine knows that nothing works on it."""
-    target, environment = remote.env.target, environment_name(remote.env.target, remote.environment)
-    here = jobs.get(target, environment, job.name) is not None
-    if (
-        here
-        and not jobs.was_started(target, environment, job.name)
-        and remote.read_json("status.json") is None
-    ):
+    here = jobs.get(*remote.place, job.name) is not None
+    if here and not jobs.was_started(*remote.place, job.name) and remote.read_json("status.json") is None:
         raise GpuctlError(
             f"job {job.name} was not started yet", hint=f"`{remote.command('resume')}` starts it"
         )
@@ -274,10 +269,9 @@ def with_output(remote: Remote, job: Job, output: str | None, *, overwrite: bool
         raise usage_error(
             "--json: does not go with answers on stdout (-o -), which are no part of a document"
         )
-    target, environment = remote.env.target, environment_name(remote.env.target, remote.environment)
     where = destination_of(job)
-    where.check_apart(files_of(target, environment, job.name))
-    where.check(overwrite=overwrite or wrote(target, environment, job.name, where))
+    where.check_apart(files_of(*remote.place, job.name))
+    where.check(overwrite=overwrite or wrote(*remote.place, job.name, where))
     return job
 
 
@@ -331,8 +325,7 @@ def cancel_job(remote: Remote, *, now: bool) -> None:
 
 def changes_of(remote: Remote) -> dict[str, str]:
     """The options that a job was resumed with, as far as this machine knows."""
-    target, environment = remote.env.target, environment_name(remote.env.target, remote.environment)
-    kept = jobs.get(target, environment, remote.job)
+    kept = jobs.get(*remote.place, remote.job)
     return {} if kept is None else kept.changes
 
 
@@ -351,13 +344,12 @@ def resume_job(
         return str(status["run"])
     if status is not None:
         check_cap(remote, status, status.get("max_usd") if decided is None else decided.spec.max_cost)
-    environment = environment_name(remote.env.target, remote.environment)
-    for name in changed_inputs(remote.env.target, environment, job.name):
+    for name in changed_inputs(*remote.place, job.name):
         remote.console.warn(
             f"{name} changed since job {job.name} of {job.created_at} read it: `resume` goes on with the rows as they "
             "were then; the command that started it, given again, makes a job of the rows as they are now"
         )
-    file = jobs.folder_of(remote.env.target, environment, job.name) / jobs.FILE_NAME
+    file = jobs.folder_of(*remote.place, job.name) / jobs.FILE_NAME
     if decided is not None:
         for text in decided.notes:
             remote.console.note(text)
@@ -371,7 +363,7 @@ def resume_job(
             argv=job.argv,
             head=("Resumed with other options than this command has.", *decided.head),
         )
-        jobs.save(remote.env.target, environment, job, source)
+        jobs.save(*remote.place, job, source)
     elif not file.exists():
         raise GpuctlError(
             f"job {job.name} was started on another machine, and its file is there",
@@ -392,7 +384,7 @@ def resume_job(
 def remove_job(remote: Remote, *, yes: bool) -> None:
     """Stop a job and delete all of it but what was fetched."""
     name = remote.job
-    job = jobs.get(remote.env.target, environment_name(remote.env.target, remote.environment), name)
+    job = jobs.get(*remote.place, name)
     job = job or jobs.read(remote)
     if job is None and name not in [there.job for there in _names(remote)]:
         job = job_of(remote)  # which says that there is none
@@ -409,5 +401,5 @@ def remove_job(remote: Remote, *, yes: bool) -> None:
         raise GpuctlError("not deleted")
     remote.stop()
     remote.delete()
-    jobs.forget(remote.env.target, environment_name(remote.env.target, remote.environment), name)
+    jobs.forget(*remote.place, name)
     remote.console.done(f"job {name} is deleted")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuctl.errors import GpuctlError
 from gpuctl.modal_cli import MODAL, TIMED_OUT, app_stop_argv, deploy_argv, shown
-from gpuctl.reach import disk_is_full, lost, no_environment, own
+from gpuctl.reach import disk_is_full, environment_name, lost, no_environment, own
 from gpuctl.specs.batch import PREFIX
 from gpuctl.target import Target
 
@@ -45,6 +45,11 @@ class Remote:
     @property
     def name(self) -> str:
         return PREFIX + self.job
+
+    @property
+    def place(self) -> tuple[Target, str]:
+        """Where it is: the target, and its Environment by name."""
+        return self.env.target, environment_name(self.env.target, self.environment)
 
     def command(self, verb: str) -> str:
         """What to type to do something with this job."""

@@ -501,8 +501,7 @@ def resume(remote: Remote, file: Path, *, retry_failed: bool = False) -> str:
 def started(remote: Remote, file: Path, *, retry_failed: bool = False) -> str:
     """Start the driver, and keep that it was; the run that it is."""
     run = remote.start(file, retry_failed=retry_failed)
-    target = remote.env.target
-    jobs.save_start(target, environment_name(target, remote.environment), remote.job, run)
+    jobs.save_start(*remote.place, remote.job, run)
     return run
 
 
@@ -532,8 +531,7 @@ def finish(
         status = found
     if status["state"] != RUNNING:
         remote.stop()
-        where = environment_name(remote.env.target, remote.environment)
-        jobs.save_end(remote.env.target, where, job.name, status)
+        jobs.save_end(*remote.place, job.name, status)
     if status.get("phase") == "reading":  # in the cloud, and nothing was asked yet
         raise GpuctlError(
             status["problem"],
@@ -558,8 +556,7 @@ def finish(
         )
     if not job.rows:  # which were read in the cloud
         job = jobs.read(remote) or job
-        environment = environment_name(remote.env.target, remote.environment)
-        jobs.keep(remote.env.target, environment, job)
+        jobs.keep(*remote.place, job)
     if is_remote(job.output):
         from gpuctl.batch.remote_files import published
 
@@ -589,7 +586,7 @@ def fetch(
                     errors.add(result.error)
                 output.write(result)
     if not home:  # each run of a schedule has other answers
-        remember(remote.env.target, environment_name(remote.env.target, remote.environment), job.name, where)
+        remember(*remote.place, job.name, where)
     return Summary(
         job=job.name,
         state=str(status["state"]),

@@ -134,7 +134,7 @@ def _keep(remote: Remote, job: Job) -> None:
         document = Path(folder) / "job.json"
         document.write_text(json.dumps(job.document()), encoding="utf-8")
         remote.put(document, "/job.json")
-    jobs.keep(remote.env.target, environment_name(remote.env.target, remote.environment), job)
+    jobs.keep(*remote.place, job)
 
 
 # -- its runs
@@ -227,8 +227,7 @@ def resume(remote: Remote, job: Job, *, yes: bool) -> None:
     if job.stopped_at is None:
         remote.console.note(f"job {job.name} runs by its schedule: {of(job)}")
         return
-    environment = environment_name(remote.env.target, remote.environment)
-    file = jobs.folder_of(remote.env.target, environment, job.name) / jobs.FILE_NAME
+    file = jobs.folder_of(*remote.place, job.name) / jobs.FILE_NAME
     if not file.exists():
         raise GpuctlError(
             f"job {job.name} was deployed from another machine, and its file is there",
